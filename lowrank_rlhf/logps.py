@@ -1,0 +1,63 @@
+"""Log-probabilities of given tokens from hidden states, without ever holding [B, T, V] logits."""
+
+import torch
+from torch import Tensor
+from trl.kernels import ChunkedLogProbFunction
+
+VOCAB_CHUNK = 32768  # columns of lm_head at a time: 4096 tokens × 32768 × 2 bytes is a 256 MiB tile at most
+
+
+def chunked_logps(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token and the entropy of its distribution, one vocabulary chunk at a time.
+
+    z = softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature;  logp = z_target − logsumexp z. The kernel is
+    trl's (Triton on CUDA, torch elsewhere); sums are accumulated in fp32 whatever the input type.
+
+    Args:
+        hidden: the final hidden state *before* each target. Shape (N, H): flattened, because a sliced
+            (B, T, H) view makes the projection a batched product with weight copies (2 s of a 15 s step on CPU).
+        lm_head_weight: shape (V, H).
+        targets: token ids. Shape (N,).
+
+    Returns:
+        logps and entropies, nats, fp32, each of shape (N,).
+
+    >>> logps, entropy = chunked_logps(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3]))
+    >>> logps, entropy  # uniform over four tokens: −log 4, log 4
+    (tensor([-1.3863]), tensor([1.3863]))
+    """
+    logps, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden, lm_head_weight, bias, targets, temperature, VOCAB_CHUNK, logit_softcap, logit_scale, ("entropy",)
+    )
+    return logps, entropy
+
+
+def masked_targets(input_ids: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where to read the hidden states that predict the completion, and which tokens they predict.
+
+    Args:
+        input_ids: shape (B, T).
+        completion_mask: bool, True at completion tokens. Shape (B, T). Column 0 must be False: nothing precedes it.
+
+    Returns:
+        before_mask: bool, (B, T), True at the position *before* each completion token.
+        targets: the completion tokens in row-major order. Shape (N,).
+
+    >>> before, targets = masked_targets(torch.tensor([[5, 6, 7]]), torch.tensor([[False, True, True]]))
+    >>> before.tolist(), targets.tolist()
+    ([[True, True, False]], [6, 7])
+    """
+    if bool(completion_mask[:, 0].any()):
+        raise ValueError("completion_mask is True in column 0: the first token has nothing before it to predict it")
+    before_mask = torch.zeros_like(completion_mask)
+    before_mask[:, :-1] = completion_mask[:, 1:]
+    return before_mask, input_ids[completion_mask]

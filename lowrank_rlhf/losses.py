@@ -1,0 +1,73 @@
+"""The losses, each a pure function of tensors. Masked means are the caller's to take, where they differ per batch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """Reward-model loss, one value per pair.
+
+    −log σ(r_chosen − r_rejected); Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
+
+    Args:
+        chosen_scores: shape (B,).
+        rejected_scores: shape (B,).
+
+    Returns:
+        Shape (B,).
+
+    >>> bradley_terry_loss(torch.zeros(1), torch.zeros(1))  # no preference: log 2
+    tensor([0.6931])
+    """
+    return -F.logsigmoid(chosen_scores - rejected_scores)
+
+
+def ppo_policy_loss(
+    token_logps: Tensor, old_token_logps: Tensor, advantages: Tensor, *, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate, one value per token, to be minimised.
+
+    max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε)) with ρ = π/π_old; Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+
+    Args:
+        token_logps: under the policy being updated, nats; carries the gradient. Shape (B, T).
+        old_token_logps: under the policy that sampled, nats. Shape (B, T).
+        advantages: shape (B, T).
+        clip_range: ε > 0.
+
+    Returns:
+        loss (B, T), and a bool (B, T) that is True where the clipped branch was the larger.
+
+    >>> ppo_policy_loss(torch.log(torch.tensor([[1.5]])), torch.zeros(1, 1), torch.ones(1, 1), clip_range=0.2)
+    (tensor([[-1.2000]]), tensor([[True]]))
+    """
+    ratio = torch.exp(token_logps - old_token_logps)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped value loss, one value per token.
+
+    ½ max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²); described for RLHF by Huang et al. 2024, arXiv:2403.17031.
+
+    Args:
+        values: predictions being trained; carry the gradient. Shape (B, T).
+        old_values: predictions at rollout time. Shape (B, T).
+        returns: shape (B, T).
+        clip_range: ε > 0, in units of the score.
+
+    Returns:
+        loss (B, T), and a bool (B, T) that is True where the clipped branch was the larger.
+
+    >>> ppo_value_loss(torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), clip_range=0.2)
+    (tensor([[0.3200]]), tensor([[True]]))
+    """
+    clipped_values = torch.clamp(values, old_values - clip_range, old_values + clip_range)
+    unclipped = (values - returns) ** 2
+    clipped = (clipped_values - returns) ** 2
+    return 0.5 * torch.maximum(unclipped, clipped), clipped > unclipped

@@ -36,7 +36,15 @@ def chunked_logps(
     (tensor([-1.3863]), tensor([1.3863]))
     """
     logps, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden, lm_head_weight, bias, targets, temperature, VOCAB_CHUNK, logit_softcap, logit_scale, ("entropy",)
+        hidden,
+        lm_head_weight,
+        bias,
+        targets,
+        temperature,
+        VOCAB_CHUNK,
+        logit_softcap,
+        logit_scale,
+        ("entropy",),
     )
     return logps, entropy
 

@@ -48,9 +48,7 @@ def ppo_policy_loss(
     return torch.maximum(unclipped, clipped), clipped > unclipped
 
 
-def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float
-) -> tuple[Tensor, Tensor]:
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float) -> tuple[Tensor, Tensor]:
     """PPO's clipped value loss, one value per token.
 
     ½ max((V − R)², (clip(V, V_old − ε, V_old + ε) − R)²); described for RLHF by Huang et al. 2024, arXiv:2403.17031.

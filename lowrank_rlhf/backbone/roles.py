@@ -1,0 +1,316 @@
+"""One base model, any number of roles: who is on in a forward, who learns, and how roles are copied.
+
+Every switch goes through `use`, `reference` and `mixed`, which restore what they found also when their body raises.
+Backward belongs inside the `with` that selected the role; gradient checkpointing re-enters the role of its forward.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lowrank_rlhf.backbone.base import BaseInfo, check_logit_path, load_base, logit_transform
+from lowrank_rlhf.backbone.guard import forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
+from lowrank_rlhf.backbone.heads import ScalarHead
+from lowrank_rlhf.config import Base, Lora
+from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.logps import chunked_logps, masked_targets
+
+BASE_ROW = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+class Backbone:
+    """The base model in memory once, its adapters by role name, and an fp32 head for each role that has one.
+
+    Args:
+        base: what to load.
+
+    Attributes:
+        model: the causal language model itself, with every adapter's layers injected.
+        tokenizer: its tokenizer.
+        info: what identifies the base.
+        heads: role → `ScalarHead`.
+        reference_role: the role that is the KL and preference reference; None is the base with all adapters off.
+    """
+
+    def __init__(self, base: Base):
+        self.model, self.tokenizer, self.info = _checked(base)
+        self.heads = nn.ModuleDict()
+        self.reference_role: str | None = None
+        self.peft: PeftModel | None = None  # PEFT cannot wrap a model with no adapter, so it comes with the first role
+        self._active: str | None = None
+        self._trainable: frozenset[str] = frozenset()
+
+    # Roles
+
+    @property
+    def roles(self) -> list[str]:
+        return list(self.peft.peft_config) if self.peft is not None else []
+
+    @property
+    def active(self) -> str | None:
+        """The role that the next forward uses; None is the bare base."""
+        return self._active
+
+    def add_role(self, role: str, lora: Lora, *, head: bool = False) -> None:
+        """A new adapter that changes nothing yet (B = 0), with a zero head if asked for.
+
+        Raises:
+            UserError: the role exists, or the adapter's options would touch the shared base.
+        """
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.rslora,
+            task_type="CAUSAL_LM",
+        )
+        self.add_adapter(role, config)
+        if head:
+            self.add_head(role)
+
+    def add_adapter(self, role: str, config: LoraConfig) -> None:
+        """The same from a PEFT config; the new role is frozen until `train_only` names it."""
+        if role in self.roles:
+            raise UserError(f"role {role!r} is already on this base")
+        refuse_unsafe(config, f"role {role!r}")
+        try:
+            if self.peft is None:
+                self.peft = get_peft_model(self.model, config, adapter_name=role)
+            else:
+                self.peft.add_adapter(role, config)
+        except ValueError as error:
+            raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
+        refuse_wrapped_lm_head(self.model, f"role {role!r}")
+        forbid_merging(self.model)
+        self._select(self._active)
+
+    def add_head(self, role: str) -> None:
+        self.heads[role] = ScalarHead(self.model.config.get_text_config().hidden_size).to(self.model.device)
+        self._apply_requires_grad()
+
+    def copy_role(self, source: str, target: str) -> None:
+        """`target` becomes a new role with exactly `source`'s adapter and head."""
+        self._require(source)
+        assert self.peft is not None
+        config = self.peft.peft_config[source]
+        self.add_adapter(target, LoraConfig(**{**config.to_dict(), "peft_type": None}))
+        with torch.no_grad():
+            for ours, theirs in zip(self._lora(target), self._lora(source), strict=True):
+                ours.copy_(theirs)
+        if source in self.heads:
+            self.copy_head(source, target)
+
+    def copy_head(self, source: str, target: str) -> None:
+        self.add_head(target)
+        self.heads[target].load_state_dict(self.heads[source].state_dict())
+
+    def train_only(self, *roles: str) -> None:
+        """These roles learn, all others and the base are frozen, whichever role is on."""
+        for role in roles:
+            self._require(role)
+        self._trainable = frozenset(roles)
+        self._apply_requires_grad()
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """Everything a role consists of: its LoRA weights, then its head."""
+        self._require(role)
+        return self._lora(role) + (list(self.heads[role].parameters()) if role in self.heads else [])
+
+    # Modes
+
+    @contextmanager
+    def use(self, role: str | None, *, train: bool = False) -> Iterator[PreTrainedModel]:
+        """`role` alone is on inside the block; None is the bare base, every adapter off.
+
+        Args:
+            role: an existing role or None.
+            train: put the model in train mode, which turns dropout and gradient checkpointing on; else eval mode.
+
+        Raises:
+            UserError: no such role.
+        """
+        if role is not None:
+            self._require(role)
+        before, was_training = self._active, self.model.training
+        self._select(role)
+        self._train_mode(train)
+        try:
+            yield self.model
+        finally:
+            self._train_mode(was_training)
+            self._select(before)
+
+    def reference(self) -> AbstractContextManager[PreTrainedModel]:
+        """The frozen reference: the bare base, or the frozen copy of where the policy started."""
+        return self.use(self.reference_role)
+
+    @contextmanager
+    def mixed(self, rows: Sequence[str | None]) -> Iterator[PreTrainedModel]:
+        """Row i of every batch in the block goes through role `rows[i]`; None is the bare base. Inference only.
+
+        Equal to separate passes at the same padded shape. With beams or several return sequences per input, give one
+        role per input. PEFT's own `adapter_names` argument leaves its hooks on the model when a forward raises; these
+        are removed whatever happens.
+
+        Raises:
+            UserError: an unknown role, or one with DoRA, which cannot be applied per row.
+        """
+        for role in dict.fromkeys(rows):
+            if role is None:
+                continue
+            self._require(role)
+            if self.peft is not None and self.peft.peft_config[role].use_dora:
+                raise UserError(f"role {role!r} uses DoRA, which cannot share a mixed batch; use `use({role!r})`")
+        names = [BASE_ROW if role is None else role for role in rows]
+        # With adapters disabled PEFT ignores the names, so any one role is switched on underneath.
+        with self.use(self.roles[0] if self.roles else None) as model:
+            hook = partial(_name_rows, names)
+            handles = [
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+                for module in model.modules()
+                if isinstance(module, LoraLayer)
+            ]
+            try:
+                yield model
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in backward, each layer under the role of its own forward.
+
+        Without that, a backward after another role was selected would recompute with the wrong adapter and drop or
+        falsify gradients in silence.
+        """
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return nullcontext(), self._reenter(self._active)
+
+        settings = {"use_reentrant": False, "context_fn": contexts}
+        if hasattr(self.model, "activation_checkpointing_enable"):  # transformers ≥ 5.23
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+    # Passes
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Final hidden states under the role that is on. (B, T) ids and bool mask → (B, T, H)."""
+        trunk = self.model.base_model
+        return trunk(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False).last_hidden_state
+
+    def token_logps(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, *, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each completion token under the role that is on.
+
+        lm_head is applied to completion positions only, flattened, in vocabulary chunks: no (B, T, V) tensor exists.
+
+        Args:
+            input_ids: shape (B, T).
+            attention_mask: bool, shape (B, T).
+            completion_mask: bool, shape (B, T), False in column 0.
+
+        Returns:
+            token_logps and entropies, nats, fp32, shape (B, T), 0 outside the completion.
+        """
+        hidden = self.hidden(input_ids, attention_mask)
+        before_mask, targets = masked_targets(input_ids, completion_mask)
+        scale, softcap = logit_transform(self.model.config)
+        lm_head: Any = self.model.get_output_embeddings()
+        logps, entropy = chunked_logps(
+            hidden[before_mask],
+            lm_head.weight,
+            targets,
+            bias=lm_head.bias,
+            temperature=temperature,
+            logit_scale=scale,
+            logit_softcap=softcap,
+        )
+        zeros = logps.new_zeros(completion_mask.shape)
+        return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
+
+    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The role's head at the last attended token of each row, whatever the padding side. Shape (B,)."""
+        hidden = self.hidden(input_ids, attention_mask)
+        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        last = torch.where(attention_mask.bool(), columns, -1).argmax(dim=1)
+        return self.heads[role](hidden[torch.arange(len(last), device=last.device), last])
+
+    def values(self, role: str, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
+        """The role's head at the state *before* each completion token. Shape (B, T), 0 outside the completion."""
+        hidden = self.hidden(input_ids, attention_mask)
+        before_mask, _ = masked_targets(input_ids, completion_mask)
+        values = self.heads[role](hidden[before_mask])
+        return values.new_zeros(completion_mask.shape).masked_scatter(completion_mask, values)
+
+    # Internals
+
+    def _require(self, role: str) -> None:
+        if role not in self.roles:
+            raise UserError(f"no role {role!r} on this base; there are: {', '.join(self.roles) or 'none'}")
+
+    def _lora(self, role: str) -> list[nn.Parameter]:
+        return [
+            module_dict[role].weight
+            for module in self.model.modules()
+            if isinstance(module, LoraLayer)
+            for module_dict in (module.lora_A, module.lora_B)
+            if role in module_dict
+        ]
+
+    def _select(self, role: str | None) -> None:
+        """Switch adapters, then undo what PEFT's switch does to `requires_grad`."""
+        if self.peft is not None:
+            if role is None:
+                self.peft.base_model.disable_adapter_layers()
+            else:
+                self.peft.base_model.enable_adapter_layers()
+                self.peft.set_adapter(role)
+        self._active = role
+        self._apply_requires_grad()
+
+    def _apply_requires_grad(self) -> None:
+        for role in self.roles:
+            for parameter in self.parameters(role):
+                parameter.requires_grad_(role in self._trainable)
+
+    def _train_mode(self, train: bool) -> None:
+        # Tested first because walking the modules of a large model several times per step is not free.
+        if self.model.training != train:
+            self.model.train(train)
+
+    @contextmanager
+    def _reenter(self, role: str | None) -> Iterator[None]:
+        before = self._active
+        if before == role:
+            yield
+            return
+        self._select(role)
+        try:
+            yield
+        finally:
+            self._select(before)
+
+
+def _checked(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:
+    model, tokenizer, info = load_base(base)
+    check_logit_path(model)
+    return model, tokenizer, info
+
+
+def _name_rows(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Forward pre-hook: tell a LoRA layer which adapter each row takes."""
+    rows = args[0].shape[0]
+    copies, rest = divmod(rows, len(names))
+    if rest or not copies:
+        raise UserError(f"a mixed batch of {len(names)} roles met an input of {rows} rows")
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(copies)]}

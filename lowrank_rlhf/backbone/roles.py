@@ -7,10 +7,10 @@ Backward belongs inside the `with` that selected the role; gradient checkpointin
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -167,7 +167,7 @@ class Backbone:
             if role is None:
                 continue
             self._require(role)
-            if self.peft is not None and self.peft.peft_config[role].use_dora:
+            if self.peft is not None and getattr(self.peft.peft_config[role], "use_dora", False):
                 raise UserError(f"role {role!r} uses DoRA, which cannot share a mixed batch; use `use({role!r})`")
         names = [BASE_ROW if role is None else role for role in rows]
         # With adapters disabled PEFT ignores the names, so any one role is switched on underneath.
@@ -260,7 +260,7 @@ class Backbone:
 
     def _lora(self, role: str) -> list[nn.Parameter]:
         return [
-            module_dict[role].weight
+            cast(nn.Parameter, module_dict[role].weight)
             for module in self.model.modules()
             if isinstance(module, LoraLayer)
             for module_dict in (module.lora_A, module.lora_B)
@@ -270,10 +270,11 @@ class Backbone:
     def _select(self, role: str | None) -> None:
         """Switch adapters, then undo what PEFT's switch does to `requires_grad`."""
         if self.peft is not None:
+            lora = cast(LoraModel, self.peft.base_model)
             if role is None:
-                self.peft.base_model.disable_adapter_layers()
+                lora.disable_adapter_layers()
             else:
-                self.peft.base_model.enable_adapter_layers()
+                lora.enable_adapter_layers()
                 self.peft.set_adapter(role)
         self._active = role
         self._apply_requires_grad()

@@ -41,7 +41,7 @@ class Renderer:
             raise UserError("data.prompt_template: must contain {prompt}, this base has no chat template")
         self.end_of_turn = self._end_of_turn()
         self.end_of_turn_id = int(tokenizer.convert_tokens_to_ids(self.end_of_turn))  # type: ignore[arg-type]
-        self.stop_ids = sorted({self.end_of_turn_id, int(tokenizer.eos_token_id)})  # type: ignore[arg-type]
+        self.stop_ids = sorted({self.end_of_turn_id, int(tokenizer.eos_token_id)})
 
     def prompt(self, messages: Messages, where: str = "") -> tuple[list[int], bool]:
         """Ids of the prompt up to where the answer begins, keeping its end, and whether a limit cut it."""

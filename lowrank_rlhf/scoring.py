@@ -1,0 +1,46 @@
+"""Passes without gradient over finished completions: log-probs, scores, values, in fixed micro-batches."""
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.data.batches import Batch, chunks, pad_batch
+from lowrank_rlhf.data.rendering import Sequence
+
+
+@torch.no_grad()
+def score_sequences(
+    backbone: Backbone, role: str, sequences: SequenceOf[Sequence], micro_batch_size: int
+) -> list[float]:
+    """Score of each prompt-and-completion under a role with a head, in order."""
+    scores: list[float] = []
+    with backbone.use(role):
+        for group in chunks(range(len(sequences)), micro_batch_size):
+            batch = pad_batch([sequences[i] for i in group], backbone.info.pad_token_id).to(backbone.model.device)
+            scores += backbone.scores(role, batch.input_ids, batch.attention_mask).tolist()
+    return scores
+
+
+@torch.no_grad()
+def policy_logps(backbone: Backbone, role: str | None, batch: Batch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """token_logps and entropies (B, T) of a batch under a role; None is the bare base."""
+    with backbone.use(role):
+        return backbone.token_logps(
+            batch.input_ids, batch.attention_mask, batch.completion_mask, temperature=temperature
+        )
+
+
+@torch.no_grad()
+def sequence_kl(
+    backbone: Backbone, role: str | None, sequences: SequenceOf[Sequence], micro_batch_size: int
+) -> list[float]:
+    """log π_role − log π_reference of each completion, nats: the k1 estimate of KL per sequence."""
+    kls: list[float] = []
+    for group in chunks(range(len(sequences)), micro_batch_size):
+        batch = pad_batch([sequences[i] for i in group], backbone.info.pad_token_id).to(backbone.model.device)
+        logps, _ = policy_logps(backbone, role, batch)
+        reference, _ = policy_logps(backbone, backbone.reference_role, batch)
+        kls += (logps - reference).sum(dim=1).tolist()
+    return kls

@@ -1,6 +1,7 @@
 """Generate completions with one role, sampled from exactly the distribution that is scored."""
 
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import torch
 
@@ -36,10 +37,11 @@ def generate(
     device = backbone.model.device
     sequences: list[Sequence] = []
     with backbone.use(role) as model:
+        generate_with: Any = model.generate
         for group in chunks(range(len(prompts)), rollout.batch_size):
             input_ids, attention_mask = pad_left([prompts[i] for i in group], backbone.info.pad_token_id)
             sampling = {"do_sample": False} if greedy else _sampling(rollout)
-            output = model.generate(
+            output = generate_with(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.long().to(device),
                 max_new_tokens=max_new_tokens,

@@ -118,3 +118,16 @@ def _card(role: str, info: dict[str, Any], *, has_head: bool) -> str:
         f"{base['quantization']}), trained by the {info['stage']} stage of lowrank_rlhf.\n"
         f"{head if has_head else ''}\nThe recipe, data hash and metrics are in the run's `run.json`.\n"
     )
+
+
+def quiet() -> None:
+    """Silence progress bars and advice of the libraries; their errors and ours still show."""
+    import logging
+
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

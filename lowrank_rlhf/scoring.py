@@ -34,13 +34,17 @@ def policy_logps(backbone: Backbone, role: str | None, batch: Batch, temperature
 
 @torch.no_grad()
 def sequence_kl(
-    backbone: Backbone, role: str | None, sequences: SequenceOf[Sequence], micro_batch_size: int
+    backbone: Backbone,
+    role: str | None,
+    reference: str | None,
+    sequences: SequenceOf[Sequence],
+    micro_batch_size: int,
 ) -> list[float]:
     """log π_role − log π_reference of each completion, nats: the k1 estimate of KL per sequence."""
     kls: list[float] = []
     for group in chunks(range(len(sequences)), micro_batch_size):
         batch = pad_batch([sequences[i] for i in group], backbone.info.pad_token_id).to(backbone.model.device)
         logps, _ = policy_logps(backbone, role, batch)
-        reference, _ = policy_logps(backbone, backbone.reference_role, batch)
-        kls += (logps - reference).sum(dim=1).tolist()
+        reference_logps, _ = policy_logps(backbone, reference, batch)
+        kls += (logps - reference_logps).sum(dim=1).tolist()
     return kls

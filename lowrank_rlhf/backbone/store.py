@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -54,7 +55,7 @@ def load_role(backbone: Backbone, folder: Path, role: str) -> None:
         raise UserError(f"{folder}: adapter type {config.peft_type} is not supported, only LoRA is")
     backbone.add_adapter(role, LoraConfig(**{**config.to_dict(), "peft_type": None}))
     assert backbone.peft is not None
-    result = set_peft_model_state_dict(backbone.peft, load_file(folder / WEIGHTS), adapter_name=role)
+    result: Any = set_peft_model_state_dict(backbone.peft, load_file(folder / WEIGHTS), adapter_name=role)
     missing = [key for key in result.missing_keys if f".{role}." in key]
     if result.unexpected_keys or missing:
         raise UserError(f"{folder}: the adapter does not fit {backbone.info.model}; was it trained on another base?")

@@ -1,0 +1,80 @@
+"""`lowrank-rlhf VERB …`. Nothing heavy is imported until a verb runs, so that --help answers at once."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import yaml
+
+from lowrank_rlhf import __version__, config
+from lowrank_rlhf.errors import UserError
+
+T = TypeVar("T")
+
+STAGES = {
+    "sft": ("supervised fine-tuning of the sft role", config.SFTRecipe),
+    "reward": ("train a reward model on preference pairs", config.RewardRecipe),
+    "ppo": ("optimise the policy against a reward", config.PPORecipe),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="lowrank-rlhf", description="RLHF on one GPU: one 4-bit base model, one LoRA adapter per role."
+    )
+    parser.add_argument("--version", action="version", version=f"lowrank-rlhf {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (summary, _) in STAGES.items():
+        verb = verbs.add_parser(name, help=summary, description=summary)
+        add_recipe_arguments(verb, default=None)
+    args = parser.parse_args(argv)
+    return run_safely(lambda: _stage(args))
+
+
+def recipe_main(cls: type[T], default: str, train: Callable[..., None], argv: Sequence[str] | None = None) -> int:
+    """What `python recipes/STAGE.py` does: read the recipe, open the run, train."""
+    parser = argparse.ArgumentParser(description=f"Without arguments: the recipe {default} on the embedded model.")
+    add_recipe_arguments(parser, default=default)
+    args = parser.parse_args(argv)
+    return run_safely(lambda: _train(cls, args, train))
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """The flags every stage has."""
+    parser.add_argument("--config", metavar="FILE", default=default, required=default is None, help="recipe (YAML)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: random 2-layer model, two steps")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run_dir")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+
+
+def run_safely(action: Callable[[], int]) -> int:
+    """Run a verb; bad input becomes its message on stderr and status 2."""
+    try:
+        return action()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _stage(args: argparse.Namespace) -> int:
+    def train(recipe: Any, run: Any) -> None:
+        importlib.import_module(f"lowrank_rlhf.stages.{args.verb}").train(recipe, run)
+
+    return _train(STAGES[args.verb][1], args, train)
+
+
+def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:
+    recipe = config.load_recipe(cls, args.config, args.overrides)
+    if args.tiny:
+        recipe = config.tiny(recipe)
+    if args.dry_run:
+        print(yaml.safe_dump(config.as_dict(recipe), sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from lowrank_rlhf.runs import Run, quiet
+
+    quiet()
+    train(recipe, Run(recipe, overwrite=args.overwrite))
+    return 0

@@ -1,0 +1,1 @@
+"""Measuring reward models and policies."""

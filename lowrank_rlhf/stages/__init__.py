@@ -1,0 +1,1 @@
+"""One module per stage, each with a `train(recipe, run)`. No stage imports another."""

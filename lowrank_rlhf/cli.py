@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -29,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (summary, _) in STAGES.items():
         verb = verbs.add_parser(name, help=summary, description=summary)
         add_recipe_arguments(verb, default=None)
+    summary = "what this machine can do, and the fix where training would be wrong"
+    verbs.add_parser("doctor", help=summary, description=summary)
     args = parser.parse_args(argv)
-    return run_safely(lambda: _stage(args))
+    return run_safely(lambda: _doctor() if args.verb == "doctor" else _stage(args))
 
 
 def recipe_main(cls: type[T], default: str, train: Callable[..., None], argv: Sequence[str] | None = None) -> int:
@@ -59,6 +63,26 @@ def run_safely(action: Callable[[], int]) -> int:
         return 2
 
 
+def quiet() -> None:
+    """Silence the progress bars and advice of the libraries; their errors and everything of ours still show."""
+    # First, because bitsandbytes advises on an optional package while it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Their own deprecations between minors that we bound
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _doctor() -> int:
+    from lowrank_rlhf import doctor
+
+    return doctor.main()
+
+
 def _stage(args: argparse.Namespace) -> int:
     def train(recipe: Any, run: Any) -> None:
         importlib.import_module(f"lowrank_rlhf.stages.{args.verb}").train(recipe, run)
@@ -73,8 +97,8 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
     if args.dry_run:
         print(yaml.safe_dump(config.as_dict(recipe), sort_keys=False, allow_unicode=True), end="")
         return 0
-    from lowrank_rlhf.runs import Run, quiet
-
     quiet()
+    from lowrank_rlhf.runs import Run
+
     train(recipe, Run(recipe, overwrite=args.overwrite))
     return 0

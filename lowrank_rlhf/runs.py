@@ -7,6 +7,7 @@ runs/NAME/adapters/ROLE/  a PEFT folder, plus head.safetensors and a model card
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -37,7 +38,7 @@ class Run:
     def __init__(self, recipe: RunRecipe, *, overwrite: bool = False):
         self.recipe = recipe
         stage = getattr(recipe, "stage", "run")
-        self.dir = Path(recipe.run_dir) if recipe.run_dir else _unused(stage)
+        self.dir = Path(recipe.run_dir) if recipe.run_dir else unused_run_dir(stage)
         if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             if not overwrite:
                 raise UserError(f"run_dir: {self.dir} is not empty; choose another run_dir or pass --overwrite")
@@ -102,11 +103,9 @@ def write_atomic(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def _unused(stage: str) -> Path:
-    n = 1
-    while Path("runs", f"{stage}-{n}").exists():
-        n += 1
-    return Path("runs", f"{stage}-{n}")
+def unused_run_dir(name: str) -> Path:
+    """The first of runs/NAME-1, runs/NAME-2, … that does not exist."""
+    return next(path for n in itertools.count(1) if not (path := Path("runs", f"{name}-{n}")).exists())
 
 
 def _card(role: str, info: dict[str, Any], *, has_head: bool) -> str:
@@ -118,16 +117,3 @@ def _card(role: str, info: dict[str, Any], *, has_head: bool) -> str:
         f"{base['quantization']}), trained by the {info['stage']} stage of lowrank_rlhf.\n"
         f"{head if has_head else ''}\nThe recipe, data hash and metrics are in the run's `run.json`.\n"
     )
-
-
-def quiet() -> None:
-    """Silence progress bars and advice of the libraries; their errors and ours still show."""
-    import logging
-
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from lowrank_rlhf.cli import run_safely
+from lowrank_rlhf.cli import quiet, run_safely
 from lowrank_rlhf.config import PPORecipe, RewardRecipe, SFTRecipe, load_recipe, tiny
 from lowrank_rlhf.errors import UserError
 
@@ -26,7 +26,13 @@ def main() -> int:
 
 
 def pipeline(args: argparse.Namespace) -> int:
-    folder = Path(args.run_dir) if args.run_dir else unused_folder()
+    quiet()
+    from lowrank_rlhf.runs import Run, unused_run_dir
+    from lowrank_rlhf.stages import ppo as ppo_stage
+    from lowrank_rlhf.stages import reward as reward_stage
+    from lowrank_rlhf.stages import sft as sft_stage
+
+    folder = Path(args.run_dir) if args.run_dir else unused_run_dir("pipeline")
     changes = split_overrides(args.overrides)
     sft = load_recipe(SFTRecipe, "recipes/sft.yaml", [f"run_dir={folder}/sft", *changes["sft"]])
     reward = load_recipe(RewardRecipe, "recipes/reward.yaml", [f"run_dir={folder}/reward", *changes["reward"]])
@@ -40,12 +46,6 @@ def pipeline(args: argparse.Namespace) -> int:
     if args.tiny:
         sft, reward, ppo = tiny(sft), tiny(reward), tiny(ppo)
 
-    from lowrank_rlhf.runs import Run, quiet
-    from lowrank_rlhf.stages import ppo as ppo_stage
-    from lowrank_rlhf.stages import reward as reward_stage
-    from lowrank_rlhf.stages import sft as sft_stage
-
-    quiet()
     started = time.perf_counter()
     sft_stage.train(sft, Run(sft))
     reward_stage.train(reward, Run(reward))
@@ -109,13 +109,6 @@ def split_overrides(overrides: list[str]) -> dict[str, list[str]]:
             raise UserError(f"{override!r}: begin with the stage, for example sft.train.max_steps=10")
         changes[stage].append(rest)
     return changes
-
-
-def unused_folder() -> Path:
-    n = 1
-    while Path("runs", f"pipeline-{n}").exists():
-        n += 1
-    return Path("runs", f"pipeline-{n}")
 
 
 if __name__ == "__main__":

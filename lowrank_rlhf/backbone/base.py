@@ -213,8 +213,20 @@ def _from_pretrained(
     if is_embedded:
         return model, tokenizer, embedded.REVISION
     if Path(source).is_dir():
-        return model, tokenizer, f"config-sha256-{embedded.sha256_of(Path(source) / 'config.json')[:16]}"
+        return model, tokenizer, folder_revision(Path(source))
     return model, tokenizer, getattr(model.config, "_commit_hash", None) or config.revision
+
+
+def folder_revision(folder: Path, tail_bytes: int = 2**20) -> str:
+    """What identifies a local model: its config and the end of each weight file (all of it would take minutes)."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            file.seek(max(0, size - tail_bytes))
+            digest.update(file.read())
+    return f"folder-sha256-{digest.hexdigest()[:16]}"
 
 
 def _quantize_in_place(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from lowrank_rlhf.errors import UserError
 
 # Initialisations that subtract something from, or re-quantise, the base weights that all roles share.
 BASE_REWRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+SAFE_INITS = (True, False, "gaussian")
 
 
 def refuse_unsafe(config: Any, where: str) -> None:
@@ -29,6 +30,11 @@ def refuse_unsafe(config: Any, where: str) -> None:
         raise UserError(
             f"{where}: init_lora_weights={init!r} rewrites the base weights, which every other role shares; "
             "use the default initialisation"
+        )
+    if init not in SAFE_INITS:
+        raise UserError(
+            f"{where}: init_lora_weights={init!r} is not known to work on a 4-bit base (orthogonal casts the adapter "
+            "to the packed weights' integer type); use the default initialisation"
         )
     if config.modules_to_save or config.trainable_token_indices:
         raise UserError(

@@ -81,6 +81,7 @@ class Backbone:
         if role in self.roles:
             raise UserError(f"role {role!r} is already on this base")
         refuse_unsafe(config, f"role {role!r}")
+        config = copy_config(config)
         try:
             if self.peft is None:
                 self.peft = get_peft_model(self.model, config, adapter_name=role)
@@ -90,6 +91,7 @@ class Backbone:
             raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
         refuse_wrapped_lm_head(self.model, f"role {role!r}")
         forbid_merging(self.model)
+        self.model.train(self.model.training)  # a new adapter's dropout would be in train mode in an eval-mode model
         self._select(self._active)
 
     def add_head(self, role: str) -> None:
@@ -100,8 +102,7 @@ class Backbone:
         """`target` becomes a new role with exactly `source`'s adapter and head."""
         self._require(source)
         assert self.peft is not None
-        config = self.peft.peft_config[source]
-        self.add_adapter(target, LoraConfig(**{**config.to_dict(), "peft_type": None}))
+        self.add_adapter(target, cast(LoraConfig, self.peft.peft_config[source]))
         with torch.no_grad():
             for ours, theirs in zip(self._lora(target), self._lora(source), strict=True):
                 ours.copy_(theirs)
@@ -306,6 +307,11 @@ def _checked(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Base
     model, tokenizer, info = load_base(base)
     check_logit_path(model)
     return model, tokenizer, info
+
+
+def copy_config(config: LoraConfig) -> LoraConfig:
+    """The options of a LoRA without the name of a base: PEFT puts in its own, and warns where the two differ."""
+    return LoraConfig(**{**config.to_dict(), "peft_type": None, "base_model_name_or_path": None})
 
 
 def _name_rows(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lowrank_rlhf.backbone.roles import Backbone
+from lowrank_rlhf.backbone.roles import Backbone, copy_config
 from lowrank_rlhf.errors import UserError
 
 WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
@@ -30,7 +30,7 @@ def save_role(backbone: Backbone, role: str, folder: Path, card: str) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, scratch / WEIGHTS)
     config = backbone.peft.peft_config[role]
     assert isinstance(config, LoraConfig)
-    saved = LoraConfig(**{**config.to_dict(), "peft_type": None})
+    saved = copy_config(config)
     saved.base_model_name_or_path = backbone.info.model
     saved.inference_mode = True
     saved.save_pretrained(str(scratch))
@@ -53,7 +53,7 @@ def load_role(backbone: Backbone, folder: Path, role: str) -> None:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder}: adapter type {config.peft_type} is not supported, only LoRA is")
-    backbone.add_adapter(role, LoraConfig(**{**config.to_dict(), "peft_type": None}))
+    backbone.add_adapter(role, config)
     assert backbone.peft is not None
     result: Any = set_peft_model_state_dict(backbone.peft, load_file(folder / WEIGHTS), adapter_name=role)
     missing = [key for key in result.missing_keys if f".{role}." in key]

@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import yaml
-
 from lowrank_rlhf import __version__, config
 from lowrank_rlhf.errors import UserError
 
@@ -91,11 +89,9 @@ def _stage(args: argparse.Namespace) -> int:
 
 
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:
-    recipe = config.load_recipe(cls, args.config, args.overrides)
-    if args.tiny:
-        recipe = config.tiny(recipe)
+    recipe = config.load_recipe(cls, args.config, args.overrides, tiny=args.tiny)
     if args.dry_run:
-        print(yaml.safe_dump(config.as_dict(recipe), sort_keys=False, allow_unicode=True), end="")
+        print(config.as_yaml(recipe), end="")
         return 0
     quiet()
     from lowrank_rlhf.runs import Run

@@ -111,7 +111,7 @@ class RewardSource:
     """A reward run and its weight in the sum of scores."""
 
     run: str
-    weight: float = 1.0
+    weight: float = ranged(1.0, float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -210,10 +210,12 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads `1e-5` as a float and refuses a key written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"line {node.start_mark.line + 1}: {key}: the key stands here twice; keep one")
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise UserError(f"line {key.start_mark.line + 1}: {key.value}: the key stands here twice; keep one")
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -248,13 +250,31 @@ def parse_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}, {error}") from error
 
 
-def load_recipe(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+# The smoke-test form of any recipe: the random two-layer model, a few rows, two steps, short texts.
+TINY = (
+    "base.model=tiny",
+    "base.revision=",
+    "lora.r=4",
+    "data.max_rows=12",
+    "data.max_prompt_tokens=48",
+    "data.max_completion_tokens=16",
+    "train.max_steps=2",
+    "train.batch_size=4",
+    "train.micro_batch_size=2",
+)
+TINY_PPO = ("rollout.batch_size=4", "ppo.minibatches=2")
+
+
+def load_recipe(
+    cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = (), *, tiny: bool = False
+) -> T:
     """A recipe file and command-line overrides into a checked, frozen dataclass.
 
     Args:
         cls: one of the recipe classes of this module.
         path: a YAML file; None starts from the defaults.
         overrides: `key.sub=value` strings; values are read as YAML.
+        tiny: the smoke-test form, which the overrides may still change.
 
     Raises:
         UserError: every unknown, missing or ill-typed key at once, one per line, by its dotted name.
@@ -273,7 +293,8 @@ def load_recipe(cls: type[T], path: str | Path | None = None, overrides: Sequenc
             values = {}
         if not isinstance(values, dict):
             raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {_name(values)}")
-    for override in overrides:
+    small = (*TINY, *TINY_PPO) if issubclass(cls, PPORecipe) else TINY
+    for override in (*(small if tiny else ()), *overrides):
         _apply_override(values, override)
     problems: list[str] = []
     recipe = _build(cls, values, "", problems)
@@ -283,40 +304,21 @@ def load_recipe(cls: type[T], path: str | Path | None = None, overrides: Sequenc
     return recipe
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as another type, so that a printed recipe reads back as itself."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def as_yaml(recipe: Any) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads as the same recipe."""
+    return str(yaml.dump(as_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
 def as_dict(recipe: Any) -> dict[str, Any]:
     """The resolved recipe as plain values, for run.json and `--dry-run`."""
     return dataclasses.asdict(recipe)
-
-
-def replace(recipe: T, **dotted: Any) -> T:
-    """A copy with some keys changed, `__` for the dot: `replace(recipe, train__max_steps=2)`.
-
-    >>> replace(PPO(), gamma=0.9).gamma
-    0.9
-    """
-    for name, value in dotted.items():
-        head, _, rest = name.partition("__")
-        value = replace(getattr(recipe, head), **{rest: value}) if rest else value
-        recipe = dataclasses.replace(recipe, **{head: value})  # type: ignore[type-var]
-    return recipe
-
-
-def tiny(recipe: T) -> T:
-    """The smoke-test form of any recipe: the random two-layer model, a few rows, two steps, short texts."""
-    changes: dict[str, Any] = {
-        "base__model": "tiny",
-        "base__revision": None,
-        "lora__r": 4,
-        "data__max_rows": 12,
-        "data__max_prompt_tokens": 48,
-        "data__max_completion_tokens": 16,
-        "train__max_steps": 2,
-        "train__batch_size": 4,
-        "train__micro_batch_size": 2,
-    }
-    if isinstance(recipe, PPORecipe):
-        changes["rollout__batch_size"] = 4
-    return replace(recipe, **changes)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -381,7 +383,10 @@ def _check(value: Any, hint: Any, dotted: str, problems: list[str]) -> Any:
         if isinstance(value, dict):
             return _build(hint, value, dotted + ".", problems)  # type: ignore[arg-type]
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return float("inf") if value > 0 else float("-inf")
     elif isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     problems.append(f"{dotted}: expected {_describe(hint)}, got {_name(value)} {value!r:.60}")
@@ -394,8 +399,10 @@ def _check_range(value: Any, spec: "dataclasses.Field[Any]", dotted: str, proble
         return
     if not low <= value <= high:  # also catches nan
         bounds = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        if low == float("-inf"):
+            bounds = "a number"
         problems.append(f"{dotted}: must be {bounds}, got {value!r}")
-    elif value == float("inf"):
+    elif abs(value) == float("inf"):
         problems.append(f"{dotted}: must be finite")
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
-VOCAB_CHUNK = 32768  # columns of lm_head at a time: 4096 tokens × 32768 × 2 bytes is a 256 MiB tile at most
+VOCAB_CHUNK = 4096  # columns of lm_head at a time: the tile stays in cache, twice as fast as 32768 on CPU
 
 
 def chunked_logps(

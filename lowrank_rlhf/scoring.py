@@ -41,6 +41,8 @@ def sequence_kl(
     micro_batch_size: int,
 ) -> list[float]:
     """log π_role − log π_reference of each completion, nats: the k1 estimate of KL per sequence."""
+    if role == reference:
+        return [0.0] * len(sequences)
     kls: list[float] = []
     for group in chunks(range(len(sequences)), micro_batch_size):
         batch = pad_batch([sequences[i] for i in group], backbone.info.pad_token_id).to(backbone.model.device)

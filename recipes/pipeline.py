@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from lowrank_rlhf.cli import quiet, run_safely
-from lowrank_rlhf.config import PPORecipe, RewardRecipe, SFTRecipe, load_recipe, tiny
+from lowrank_rlhf.config import PPORecipe, RewardRecipe, SFTRecipe, load_recipe
 from lowrank_rlhf.errors import UserError
 
 
@@ -34,17 +34,17 @@ def pipeline(args: argparse.Namespace) -> int:
 
     folder = Path(args.run_dir) if args.run_dir else unused_run_dir("pipeline")
     changes = split_overrides(args.overrides)
-    sft = load_recipe(SFTRecipe, "recipes/sft.yaml", [f"run_dir={folder}/sft", *changes["sft"]])
-    reward = load_recipe(RewardRecipe, "recipes/reward.yaml", [f"run_dir={folder}/reward", *changes["reward"]])
+    sft = load_recipe(SFTRecipe, "recipes/sft.yaml", [f"run_dir={folder}/sft", *changes["sft"]], tiny=args.tiny)
+    reward = load_recipe(
+        RewardRecipe, "recipes/reward.yaml", [f"run_dir={folder}/reward", *changes["reward"]], tiny=args.tiny
+    )
     links = [
         f"run_dir={folder}/ppo",
         f"policy_from={folder}/sft",
         f"reward_from=[{{run: {folder}/reward}}]",
         "reward=null",
     ]
-    ppo = load_recipe(PPORecipe, "recipes/ppo.yaml", links + changes["ppo"])
-    if args.tiny:
-        sft, reward, ppo = tiny(sft), tiny(reward), tiny(ppo)
+    ppo = load_recipe(PPORecipe, "recipes/ppo.yaml", links + changes["ppo"], tiny=args.tiny)
 
     started = time.perf_counter()
     sft_stage.train(sft, Run(sft))
@@ -55,8 +55,8 @@ def pipeline(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(recipe: PPORecipe, samples: int = 3) -> None:
-    """Base, SFT and PPO policy on the held-out prompts, one base in memory; a table and three samples of each."""
+def compare(recipe: PPORecipe, samples: int = 2) -> None:
+    """Base, SFT and PPO policy on the held-out prompts, one base in memory; a table and three answers of each."""
     from rich.console import Console
     from rich.table import Table
 

@@ -12,7 +12,7 @@ from lowrank_rlhf import config
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.cli import STAGES
 from lowrank_rlhf.cli import main as cli_main
-from lowrank_rlhf.config import PPORecipe, load_recipe, tiny
+from lowrank_rlhf.config import PPORecipe, load_recipe
 from lowrank_rlhf.runs import Run
 from lowrank_rlhf.stages import ppo as ppo_stage
 from lowrank_rlhf.stages.ppo import PPO
@@ -77,8 +77,8 @@ def test_one_base_in_memory_in_every_stage(tmp_path, monkeypatch):
 
 
 def ppo_recipe(*overrides: str) -> PPORecipe:
-    settings = [f"data.train={STARTER}", "reward=recipes.rewards:concise", "ppo.minibatches=2"]
-    return tiny(load_recipe(PPORecipe, overrides=settings + list(overrides)))
+    settings = [f"data.train={STARTER}", "reward=recipes.rewards:concise"]
+    return load_recipe(PPORecipe, overrides=settings + list(overrides), tiny=True)
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])

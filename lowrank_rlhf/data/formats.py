@@ -5,8 +5,10 @@ Detected from the columns: Alpaca (`instruction`/`input`/`output`), `prompt`/`co
 """
 
 import gzip
+import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +53,7 @@ def read_examples(path: str | Path, format: str | None = None, max_rows: int | N
     """
     examples: list[Example] = []
     parse: Callable[[dict[str, Any], str], Example] | None = None
-    for where, row in _rows(Path(path)):
-        if max_rows is not None and len(examples) >= max_rows:
-            break
+    for where, row in itertools.islice(_rows(Path(path)), max_rows):
         if parse is None:
             parse = FORMATS[format or detect_format(row, where)] if format in (None, *FORMATS) else None
             if parse is None:
@@ -96,12 +96,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"{path}, row {i}", _mapping(_json_line(line, f"{path}, row {i}"), f"{path}, row {i}")
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    # -sig: some editors put a byte-order mark in front
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
 
 
 def _json_line(line: str, where: str) -> Any:
@@ -141,6 +142,10 @@ def _messages(row: dict[str, Any], column: str, where: str, role: str, *, empty:
             )
     if not value:
         raise UserError(f"{where}: column {column!r} is an empty list of messages")
+    if role == "user" and not value[-1]["content"].strip():
+        raise UserError(f"{where}: column {column!r} is empty: its last message says nothing")
+    if role == "assistant" and value[-1]["role"] != "assistant":
+        raise UserError(f"{where}: column {column!r}: expected an answer that ends with the assistant's message")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 

@@ -37,7 +37,8 @@ class FunctionReward:
         name: `module:function`, importable from the working directory or the installed packages.
 
     Raises:
-        UserError: it cannot be imported, raises, or returns anything but one finite number per completion.
+        UserError: it cannot be imported, or returns anything but one finite number per completion.
+        Exception: whatever the function itself raises, with a note that names it.
     """
 
     def __init__(self, name: str, renderer: Renderer):
@@ -47,8 +48,13 @@ class FunctionReward:
     def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> list[float]:
         prompts = [e.prompt[-1]["content"] for e in examples]
         completions = [self.renderer.decode(s.completion_ids) for s in sequences]
-        columns = {name: [e.columns.get(name) for e in examples] for name in examples[0].columns}
-        scores = self.function(prompts, completions, **columns)
+        names = dict.fromkeys(name for e in examples for name in e.columns)
+        columns = {name: [e.columns.get(name) for e in examples] for name in names}
+        try:
+            scores = self.function(prompts, completions, **columns)
+        except Exception as error:
+            error.add_note(f"raised in the reward function {self.name}")
+            raise
         if not isinstance(scores, list) or len(scores) != len(completions):
             raise UserError(f"reward: {self.name} must return a list of {len(completions)} numbers, got {scores!r:.80}")
         for i, score in enumerate(scores):
@@ -90,7 +96,7 @@ def load_rewards(recipe: PPORecipe, backbone: Backbone, renderer: Renderer) -> R
 
 def _import(name: str) -> Callable[..., Any]:
     module_name, colon, function_name = name.partition(":")
-    if not colon or not function_name:
+    if not colon or not function_name or not module_name or module_name.startswith("."):
         raise UserError(f"reward: {name!r}: write it module:function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

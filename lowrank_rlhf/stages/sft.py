@@ -64,7 +64,7 @@ def build_trainer(
     """The trainer, its LoRA weights in fp32 as they were before it was built."""
     train = recipe.train
     arguments = SFTConfig(
-        output_dir=str(run.dir / "trainer"),
+        output_dir=str(run.dir),  # nothing is written there: we save roles, not models
         per_device_train_batch_size=train.micro_batch_size,
         per_device_eval_batch_size=train.micro_batch_size,
         gradient_accumulation_steps=max(1, train.batch_size // train.micro_batch_size),

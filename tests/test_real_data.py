@@ -1,0 +1,105 @@
+"""SFT, reward model and PPO on the embedded model and published data, one base in memory throughout.
+
+Minutes rather than seconds, so only `pytest -m slow` runs it; it reads the files from $LOWRANK_RLHF_DATA.
+"""
+
+import gc
+import json
+import os
+import re
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+
+from lowrank_rlhf.cli import main
+from lowrank_rlhf.runs import Run
+
+DATA = os.environ.get("LOWRANK_RLHF_DATA")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(DATA is None, reason="LOWRANK_RLHF_DATA does not name the folder of the real data"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(autouse=True)
+def bases(monkeypatch):
+    """(layers, distinct storages) of all 4-bit weights alive at each logged step."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    seen = set()
+    log = Run.log
+
+    def counting_log(self, step, metrics):
+        gc.collect()
+        weights = [o for o in gc.get_objects() if isinstance(o, bnb.nn.Params4bit) and o.device.type != "meta"]
+        seen.add((len(weights), len({w.untyped_storage().data_ptr() for w in weights})))
+        log(self, step, metrics)
+
+    monkeypatch.setattr(Run, "log", counting_log)
+    yield seen
+    assert seen == {(210, 210)}, "30 layers × 7 quantised projections, each once"
+
+
+def stage(name, run_dir, *overrides):
+    """Run a stage with its recipe; its metrics rows."""
+    assert main([name, "--config", f"recipes/{name}.yaml", f"run_dir={run_dir}", *overrides]) == 0
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sft_on_alpaca_lowers_the_held_out_loss(runs):
+    rows = stage(
+        "sft",
+        runs / "sft",
+        f"data.train={DATA}/alpaca_en.json",
+        "data.max_rows=200",
+        "data.max_completion_tokens=128",
+        "train.max_steps=30",
+        "train.batch_size=8",
+    )
+    losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert rows[0]["step"] == 0
+    assert losses[0] == rows[0]["eval_loss"]
+    assert losses[-1] < losses[0]
+    print(f"eval_loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+
+
+HH = [
+    f"data.train={DATA}/hh_harmless_train.jsonl.gz",
+    "data.max_rows=400",
+    "data.max_prompt_tokens=192",
+    "data.max_completion_tokens=96",
+]
+
+
+def test_reward_model_on_hh_trains_and_prints_its_accuracy(runs, capsys):
+    rows = stage("reward", runs / "reward", *HH, "train.epochs=1")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert abs(rows[0]["eval_loss"] - 0.6931) < 1e-3, "a zero head gives log 2"
+    assert sum(losses[-10:]) < sum(losses[:10])
+    printed = capsys.readouterr().out
+    accuracy, low, high = map(float, re.search(r"^accuracy (0\.\d+) \[(0\.\d+), (0\.\d+)\]$", printed, re.M).groups())
+    assert low <= accuracy <= high
+
+
+def test_ppo_against_that_reward_model_runs_five_iterations(runs):
+    rows = stage(
+        "ppo",
+        runs / "ppo",
+        *HH,
+        "data.max_completion_tokens=48",
+        f"policy_from={runs}/sft",
+        f"reward_from=[{{run: {runs}/reward}}]",
+        "reward=null",
+        "train.max_steps=5",
+    )
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert rows[0]["objective/kl"] == 0
+    assert rows[0]["val/ratio"] == 1
+    assert all(row["policy/grad_norm"] > 0 and row["value/grad_norm"] > 0 for row in rows[1:])
+    assert {path.name for path in (runs / "ppo/adapters").iterdir()} == {"policy", "value"}

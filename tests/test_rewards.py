@@ -1,0 +1,194 @@
+"""Reward sources: what a function is given, what it may return, how sources add up, what cannot be loaded."""
+
+import re
+import sys
+import traceback
+
+import pytest
+import torch
+
+from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.backbone.tiny import tiny_tokenizer
+from lowrank_rlhf.config import Base, Data, Lora, PPORecipe, RewardSource
+from lowrank_rlhf.data import Example, Renderer, Sequence
+from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.rewards import AdapterReward, FunctionReward, load_rewards
+from lowrank_rlhf.rewards.sources import WeightedSum
+from lowrank_rlhf.runs import Run
+
+DATA = Data(train="unused")
+RENDERER = Renderer(tiny_tokenizer(), DATA)
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}, {"role": "user", "content": "2+2?"}]
+EXAMPLES = [
+    Example("row 1", TALK, columns={"answer": "4", "level": 1}),
+    Example("row 2", [{"role": "user", "content": "é?"}], columns={"answer": "e", "level": None}),
+]
+
+
+def sequences(*answers):
+    """Whole completions, ended by the end-of-turn token, except the last, which a limit cut."""
+    pairs = zip(EXAMPLES, answers, strict=True)
+    whole = [RENDERER.sequence(e.prompt, [{"role": "assistant", "content": answer}]) for e, answer in pairs]
+    return [*whole[:-1], Sequence(whole[-1].prompt_ids, whole[-1].completion_ids[:-1], cut=True)]
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write a Python module into the working directory; its functions become importable rewards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def write(source, name="my_rewards"):
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    yield write
+    sys.modules.pop("my_rewards", None)
+
+
+def call(module, body):
+    """The result of a reward function with this body."""
+    module(f"def fn(prompts, completions, **columns):\n    {body}\n")
+    return FunctionReward("my_rewards:fn", RENDERER)(EXAMPLES, sequences("It is 4.", "Oui ça"))
+
+
+# Functions
+
+
+def test_a_function_gets_plain_texts_and_the_other_columns(module):
+    """The last turn of each prompt, completions without their end-of-turn token, one list per column."""
+    module("seen = {}\ndef fn(prompts, completions, **columns):\n    seen.update(locals())\n    return [1, 0.5]\n")
+    reward = FunctionReward("my_rewards:fn", RENDERER)
+    assert reward(EXAMPLES, sequences("It is 4.", "Oui ça")) == [1.0, 0.5]
+    assert sys.modules["my_rewards"].seen == {
+        "prompts": ["2+2?", "é?"],
+        "completions": ["It is 4.", "Oui ça"],
+        "columns": {"answer": ["4", "e"], "level": [1, None]},
+    }
+
+
+def test_scores_keep_their_order_and_become_floats(module):
+    scores = call(module, "return [len(completion) for completion in completions]")
+    assert scores == [8.0, 6.0]
+    assert {type(score) for score in scores} == {float}
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ("[1.0]", "must return a list of 2 numbers, got [1.0]"),
+        ("[1.0, 2.0, 3.0]", "must return a list of 2 numbers, got [1.0, 2.0, 3.0]"),
+        ("[]", "must return a list of 2 numbers, got []"),
+        ("None", "must return a list of 2 numbers, got None"),
+        ("(1.0, 2.0)", "must return a list of 2 numbers, got (1.0, 2.0)"),
+        ("1.0", "must return a list of 2 numbers, got 1.0"),
+        ("'ab'", "must return a list of 2 numbers, got 'ab'"),
+        ("[1.0, float('nan')]", "returned nan for completion 2: not a finite number"),
+        ("[float('-inf'), 1.0]", "returned -inf for completion 1: not a finite number"),
+        ("[1.0, True]", "returned True for completion 2: not a finite number"),
+        ("['0.5', 1.0]", "returned '0.5' for completion 1: not a finite number"),
+        ("[1.0, None]", "returned None for completion 2: not a finite number"),
+        ("[[1.0], 1.0]", "returned [1.0] for completion 1: not a finite number"),
+    ],
+)
+def test_a_wrong_return_names_the_function_and_the_completion(returned, words, module):
+    with pytest.raises(UserError) as caught:
+        call(module, f"return {returned}")
+    assert str(caught.value) == f"reward: my_rewards:fn {words}"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("my_rewards", "write it module:function"),
+        ("my_rewards:", "write it module:function"),
+        ("my_rewards.fn", "write it module:function"),
+        ("missing_module:fn", "cannot be imported: No module named 'missing_module'"),
+        ("my_rewards:gn", "cannot be imported: module 'my_rewards' has no attribute 'gn'"),
+        ("my_rewards:number", "is not a function"),
+    ],
+)
+def test_a_name_that_is_not_a_function_is_told(name, words, module):
+    module("number = 5\ndef fn(prompts, completions):\n    return []\n")
+    with pytest.raises(UserError, match=r"^reward: " + re.escape(f"'{name}'")) as caught:
+        FunctionReward(name, RENDERER)
+    assert str(caught.value).endswith(words)
+
+
+# Sums and adapters
+
+
+def test_a_sum_weighs_each_source():
+    parts = [(lambda e, s: [1.0, 2.0], 2.0), (lambda e, s: [10.0, -10.0], -0.5), (lambda e, s: [5.0, 5.0], 0.0)]
+    assert WeightedSum(parts)(EXAMPLES, []) == [2.0 - 5.0, 4.0 + 5.0]
+    with pytest.raises(ValueError, match="zip"):
+        WeightedSum([*parts, (lambda e, s: [1.0], 1.0)])(EXAMPLES, [])
+
+
+def recipe(**settings):
+    return PPORecipe(base=Base(model="tiny", quantization="none", device="cpu"), data=DATA, **settings)
+
+
+def tiny_backbone():
+    return Backbone(Base(model="tiny", quantization="none", device="cpu"))
+
+
+def trained_run(folder, slope, *, head=True):
+    """A run that saved a reward role whose head is `slope` in every place."""
+    backbone = tiny_backbone()
+    backbone.add_role("reward", Lora(r=4), head=head)
+    if head:
+        torch.nn.init.constant_(backbone.heads["reward"].linear.weight, slope)
+    Run(recipe(run_dir=str(folder))).save_role(backbone, "reward")
+    return str(folder)
+
+
+def test_adapters_and_a_function_add_up_with_their_weights(module, tmp_path):
+    """Heads h and 3h on adapters that change nothing score s and 3s; 2·s − 1·3s + fn = fn − s."""
+    module("def fn(prompts, completions):\n    return [100.0, 200.0]\n")
+    runs = [RewardSource(trained_run(tmp_path / "a", 0.01), 2.0), RewardSource(trained_run(tmp_path / "b", 0.03), -1.0)]
+    examples, completions = [Example("", e.prompt) for e in EXAMPLES], sequences("It is 4.", "Oui ça")
+    backbone = tiny_backbone()
+    total = load_rewards(recipe(reward_from=runs, reward="my_rewards:fn"), backbone, RENDERER)(examples, completions)
+    assert backbone.roles == ["reward", "reward-2"]
+    one = AdapterReward(backbone, "reward", 1)(examples, completions)
+    assert min(map(abs, one)) > 1e-3
+    assert total == pytest.approx([100.0 - one[0], 200.0 - one[1]], abs=1e-5)
+
+
+def test_a_recipe_without_any_reward_is_told_both_keys():
+    with pytest.raises(UserError, match=r"^reward_from or reward: PPO needs a reward run or a module:function"):
+        load_rewards(recipe(), tiny_backbone(), RENDERER)
+
+
+def test_what_is_not_a_reward_run_is_named_by_its_key(tmp_path):
+    good, headless = trained_run(tmp_path / "good", 1.0), trained_run(tmp_path / "headless", 0.0, head=False)
+    empty = Run(recipe(run_dir=str(tmp_path / "empty")))
+    empty.record(base=tiny_backbone().info.__dict__)
+    for bad, words in (
+        (str(tmp_path), "reward_from[1].run: {bad} is not a run directory"),
+        (headless, "reward_from[1].run: {bad} has no head.safetensors; is it a reward run?"),
+        (str(empty.dir), "{bad}/adapters/reward: no adapter here"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_rewards(recipe(reward_from=[RewardSource(good), RewardSource(bad)]), tiny_backbone(), RENDERER)
+        assert str(caught.value).startswith(words.format(bad=bad))
+
+
+def test_an_error_inside_a_function_names_the_function(module):
+    with pytest.raises((UserError, ZeroDivisionError)) as caught:
+        call(module, "return [1 / 0]")
+    assert "my_rewards:fn" in "".join(traceback.format_exception_only(caught.value))
+
+
+@pytest.mark.parametrize("name", [":fn", ".my_rewards:fn"])
+def test_a_name_without_an_absolute_module_is_told(name):
+    with pytest.raises(UserError, match=r"^reward: "):
+        FunctionReward(name, RENDERER)
+
+
+def test_a_column_that_the_first_row_lacks_is_passed_too(module):
+    module("def fn(prompts, completions, **columns):\n    return [float(a or 0) for a in columns['answer']]\n")
+    reward = FunctionReward("my_rewards:fn", RENDERER)
+    examples = [Example("row 1", TALK), Example("row 2", TALK, columns={"answer": "4"})]
+    assert reward(examples, sequences("a", "b")) == [0.0, 4.0]

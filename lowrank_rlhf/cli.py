@@ -1,6 +1,7 @@
 """`lowrank-rlhf VERB …`. Nothing heavy is imported until a verb runs, so that --help answers at once."""
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
@@ -48,17 +49,29 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None) -
     parser.add_argument("--config", metavar="FILE", default=default, required=default is None, help="recipe (YAML)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument("--tiny", action="store_true", help="smoke test: random 2-layer model, two steps")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in run_dir where it stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run_dir")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
 
 
 def run_safely(action: Callable[[], int]) -> int:
-    """Run a verb; bad input becomes its message on stderr and status 2."""
+    """Run a verb; bad input or a full disk becomes its message on stderr and status 2."""
     try:
         return action()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("error: the disk is full; what was saved is intact, make room and go on with --resume", file=sys.stderr)
+    return 2
+
+
+def _stage(args: argparse.Namespace) -> int:
+    def train(recipe: Any, run: Any) -> None:
+        importlib.import_module(f"lowrank_rlhf.stages.{args.verb}").train(recipe, run)
+
+    return _train(STAGES[args.verb][1], args, train)
 
 
 def quiet() -> None:
@@ -81,20 +94,21 @@ def _doctor() -> int:
     return doctor.main()
 
 
-def _stage(args: argparse.Namespace) -> int:
-    def train(recipe: Any, run: Any) -> None:
-        importlib.import_module(f"lowrank_rlhf.stages.{args.verb}").train(recipe, run)
-
-    return _train(STAGES[args.verb][1], args, train)
-
-
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:
     recipe = config.load_recipe(cls, args.config, args.overrides, tiny=args.tiny)
     if args.dry_run:
         print(config.as_yaml(recipe), end="")
         return 0
     quiet()
-    from lowrank_rlhf.runs import Run
+    from lowrank_rlhf.runs import RECIPE, Interrupted, Run
 
-    train(recipe, Run(recipe, overwrite=args.overwrite))
+    run = Run(recipe, overwrite=args.overwrite, resume=args.resume)
+    if run.finished:
+        print(f"{run.dir} is finished; nothing to resume")
+        return 0
+    try:
+        with run.stop_on_signal():
+            train(recipe, run)
+    except Interrupted as stop:
+        print(f"{stop}; go on with:\n  lowrank-rlhf {recipe.stage} --config {run.dir / RECIPE} --resume")
     return 0

@@ -100,6 +100,15 @@ class Eval:
 
 
 @dataclass(frozen=True)
+class Save:
+    """A checkpoint every `steps` optimizer steps (PPO: iterations), the newest `keep` of them kept; None: only when
+    the run is stopped."""
+
+    steps: int | None = ranged(50, 1)
+    keep: int = ranged(2, 1)
+
+
+@dataclass(frozen=True)
 class RewardModel:
     """`init_from`: a run whose `sft` adapter the reward adapter starts as a copy of; None starts it at zero."""
 
@@ -162,6 +171,7 @@ class Run:
     seed: int = ranged(0, 0)
     base: Base = field(default_factory=Base)
     lora: Lora = field(default_factory=Lora)
+    save: Save = field(default_factory=Save)
 
 
 @dataclass(frozen=True, kw_only=True)

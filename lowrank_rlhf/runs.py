@@ -1,8 +1,10 @@
 """Run directories: what a training leaves behind, and how a later stage reads it.
 
 runs/NAME/run.json        resolved recipe, what identifies the base, data hash, versions, final metrics
+runs/NAME/recipe.yaml     the same recipe as a file to start from, or to go on with
 runs/NAME/metrics.jsonl   one line per logged step
 runs/NAME/adapters/ROLE/  a PEFT folder, plus head.safetensors and a model card
+runs/NAME/checkpoints/    what is needed to go on where the run stopped
 """
 
 import dataclasses
@@ -12,16 +14,31 @@ import json
 import os
 import platform
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.store import load_role, save_role
+from lowrank_rlhf.checkpoints import Checkpoints
 from lowrank_rlhf.config import Run as RunRecipe
-from lowrank_rlhf.config import as_dict
+from lowrank_rlhf.config import as_dict, as_yaml
 from lowrank_rlhf.errors import UserError
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets")
+
+METRICS, RECIPE = "metrics.jsonl", "recipe.yaml"
+METRICS_BYTES = "metrics_bytes"  # in a checkpoint: what is behind was logged later and is written again
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, has written a checkpoint and can go on later."""
+
+    def __init__(self, run_dir: Path, step: int):
+        super().__init__(f"stopped after step {step}, which is saved in {run_dir}")
+        self.run_dir, self.step = run_dir, step
 
 
 class Run:
@@ -30,29 +47,111 @@ class Run:
     Args:
         recipe: its `run_dir`, or an unused `runs/STAGE-N`.
         overwrite: replace an earlier run there; otherwise a non-empty folder is an error.
+        resume: go on with the run there, from its newest checkpoint or, where there is none, from the start.
+
+    Attributes:
+        checkpoint: what to go on from, or None.
+        stopping: set to make the run write a checkpoint after its current step and stop.
 
     Raises:
-        UserError: the folder holds something and `overwrite` is off, or holds something that is not a run.
+        UserError: the folder holds something and neither flag is on, holds something that is not a run, or holds a
+            run of another recipe.
     """
 
-    def __init__(self, recipe: RunRecipe, *, overwrite: bool = False):
+    def __init__(self, recipe: RunRecipe, *, overwrite: bool = False, resume: bool = False):
         self.recipe = recipe
         stage = getattr(recipe, "stage", "run")
         self.dir = Path(recipe.run_dir) if recipe.run_dir else unused_run_dir(stage)
+        self.checkpoints = Checkpoints(self.dir / "checkpoints", recipe.save.keep)
+        self.checkpoint: Path | None = None
+        self.stopping = False
+        if resume:
+            self._reopen()
+            return
         if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
             if not overwrite:
-                raise UserError(f"run_dir: {self.dir} is not empty; choose another run_dir or pass --overwrite")
+                raise UserError(
+                    f"run_dir: {self.dir} is not empty; choose another run_dir, or pass --resume or --overwrite"
+                )
             if not (self.dir / "run.json").is_file():
                 raise UserError(f"run_dir: {self.dir} has no run.json, so it is not deleted; choose another run_dir")
             shutil.rmtree(self.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
         self.info: dict[str, Any] = {
             "stage": stage,
-            "recipe": as_dict(recipe),
+            "recipe": as_dict(dataclasses.replace(recipe, run_dir=str(self.dir))),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
             "seed": recipe.seed,
         }
+        write_atomic(self.dir / RECIPE, as_yaml(dataclasses.replace(recipe, run_dir=str(self.dir))))
         self.record()
+
+    def _reopen(self) -> None:
+        self.info = read_run(self.dir, "--resume")
+        ours, theirs = as_dict(dataclasses.replace(self.recipe, run_dir=str(self.dir))), self.info["recipe"]
+        changed = [key for key in ours if ours[key] != theirs.get(key) and key != "save"]
+        if changed:
+            raise UserError(
+                f"--resume: {self.dir} was started with another {' and '.join(changed)}; go on with its own recipe, "
+                f"--config {self.dir / RECIPE}"
+            )
+        self.checkpoint = self.checkpoints.latest()
+        length = int((self.checkpoint / METRICS_BYTES).read_text()) if self.checkpoint else 0
+        if (self.dir / METRICS).exists():
+            os.truncate(self.dir / METRICS, length)
+
+    @property
+    def finished(self) -> bool:
+        return "final" in self.info
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after `step`: by the recipe, or because the run was asked to stop."""
+        every = self.recipe.save.steps
+        return self.stopping or bool(every and step % every == 0)
+
+    @contextmanager
+    def write_checkpoint(self, step: int) -> Iterator[Path]:
+        """A folder to fill with all that is needed to go on after `step`.
+
+        Raises:
+            Interrupted: the run was asked to stop; the checkpoint is written.
+            UserError: the disk is full.
+        """
+        with self.checkpoints.write(step) as folder:
+            yield folder
+            (folder / METRICS_BYTES).write_text(str((self.dir / METRICS).stat().st_size))
+        if self.stopping:
+            raise Interrupted(self.dir, step)
+
+    @contextmanager
+    def stop_on_signal(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C make the run stop after its current step; a second Ctrl-C stops it at once."""
+
+        def stop(signum: int, frame: Any) -> None:
+            print(f"{signal.Signals(signum).name}: stopping after this step …", flush=True)
+            self.stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def start(self, backbone: Backbone, data_hash: str, **facts: Any) -> None:
+        """Record what the training is made of.
+
+        Raises:
+            UserError: this goes on with a run of another base or other data.
+        """
+        if self.checkpoint:
+            reason = backbone.info.mismatch(self.info["base"])
+            if self.info["data_hash"] != data_hash:
+                reason = "other data: the files have changed"
+            if reason:
+                raise UserError(f"--resume: {self.dir} was started with {reason}")
+        self.record(base=dataclasses.asdict(backbone.info), data_hash=data_hash, **facts)
 
     def record(self, **facts: Any) -> None:
         """Add facts to run.json."""
@@ -61,11 +160,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl, and say it."""
-        with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.dir / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        return [json.loads(line) for line in (self.dir / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.dir / METRICS).read_text().splitlines()]
 
     def save_role(self, backbone: Backbone, role: str) -> None:
         """Write `adapters/ROLE/`."""
@@ -84,13 +183,22 @@ def load_run_role(backbone: Backbone, run_dir: str | Path, saved: str, role: str
         UserError: no such run or adapter, or its base, quantisation or chat template is not this one.
     """
     run_dir = Path(run_dir)
-    try:
-        info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {run_dir} is not a run directory (no readable run.json)") from error
+    info = read_run(run_dir, key)
     if reason := backbone.info.mismatch(info.get("base", {})):
         raise UserError(f"{key}: {run_dir} was trained on {reason}; its adapter means nothing here")
     load_role(backbone, run_dir / "adapters" / saved, role)
+
+
+def read_run(run_dir: Path, key: str) -> dict[str, Any]:
+    """A run's run.json.
+
+    Raises:
+        UserError: there is none; names `key`, which asked for it.
+    """
+    try:
+        return dict(json.loads((run_dir / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {run_dir} is not a run directory (no readable run.json)") from error
 
 
 def write_atomic(path: Path, text: str) -> None:

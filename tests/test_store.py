@@ -118,6 +118,7 @@ def test_the_card_is_ours_and_names_no_path_of_this_machine(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "head.safetensors",
+        "probe.json",
     ]
 
 
@@ -126,7 +127,7 @@ def test_saving_again_replaces_the_folder_whole(tmp_path):
     (tmp_path / "reward/stale.txt").write_text("of an earlier save")
     save_role(backbone, "sft", tmp_path / "reward", CARD)
     names = {path.name for path in (tmp_path / "reward").iterdir()}
-    assert not names & {"stale.txt", "head.safetensors"}
+    assert not names & {"stale.txt", "head.safetensors", "probe.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["reward"]
 
 
@@ -158,4 +159,17 @@ def test_an_adapter_with_missing_weights_is_refused(tmp_path):
     weights.pop(next(iter(weights)))
     save_file(weights, path)
     with pytest.raises(UserError, match="the adapter does not fit tiny"):
+        load_role(Backbone(base), tmp_path / "reward", "policy")
+
+
+@pytest.mark.parametrize("what", ["head", "adapter"])
+def test_a_role_that_scores_otherwise_than_when_it_was_saved_is_refused(what, tmp_path):
+    from safetensors.torch import save_file
+
+    base = Base(model="tiny", device="cpu")
+    saved_role(base, tmp_path / "reward")
+    path = tmp_path / "reward" / ("head.safetensors" if what == "head" else "adapter_model.safetensors")
+    axis = 1 if what == "head" else 0
+    save_file({name: tensor.flip(axis).contiguous() for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="scores of the stored probe are"):
         load_role(Backbone(base), tmp_path / "reward", "policy")

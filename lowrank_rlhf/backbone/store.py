@@ -1,16 +1,22 @@
 """One role to and from a folder: a standard PEFT adapter plus `head.safetensors`."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lowrank_rlhf.backbone.roles import Backbone, copy_config
 from lowrank_rlhf.errors import UserError
 
-WEIGHTS, HEAD = "adapter_model.safetensors", "head.safetensors"
+WEIGHTS, HEAD, PROBE = "adapter_model.safetensors", "head.safetensors", "probe.json"
+PROBE_TOLERANCE = (
+    0.05  # of the largest score: another device rounds otherwise, another base or a damaged file is far off
+)
 
 
 def save_role(backbone: Backbone, role: str, folder: Path, card: str) -> None:
@@ -36,6 +42,10 @@ def save_role(backbone: Backbone, role: str, folder: Path, card: str) -> None:
     saved.save_pretrained(str(scratch))
     if role in backbone.heads:
         save_file(backbone.heads[role].state_dict(), scratch / HEAD)
+        input_ids = _probe_ids(backbone)
+        (scratch / PROBE).write_text(
+            json.dumps({"input_ids": input_ids.tolist(), "scores": _probe_scores(backbone, role, input_ids)})
+        )
     (scratch / "README.md").write_text(card, encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)
@@ -62,3 +72,34 @@ def load_role(backbone: Backbone, folder: Path, role: str) -> None:
     if (folder / HEAD).is_file():
         backbone.add_head(role)
         backbone.heads[role].load_state_dict(load_file(folder / HEAD))
+        _check_probe(backbone, role, folder)
+
+
+def _check_probe(backbone: Backbone, role: str, folder: Path) -> None:
+    """Score the stored batch again.
+
+    Raises:
+        UserError: the scores are not those of the day it was saved, so this is not the model it was.
+    """
+    if not (folder / PROBE).is_file():
+        return
+    probe = json.loads((folder / PROBE).read_text())
+    expected = torch.tensor(probe["scores"])
+    found = torch.tensor(_probe_scores(backbone, role, torch.tensor(probe["input_ids"])))
+    if not torch.allclose(found, expected, rtol=0, atol=PROBE_TOLERANCE * float(expected.abs().max()) + 1e-6):
+        raise UserError(
+            f"{folder}: scores of the stored probe are {found.tolist()}, they were {expected.tolist()} when it was "
+            "saved; the base, the adapter or the head is not what it was"
+        )
+
+
+def _probe_ids(backbone: Backbone) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, len(backbone.tokenizer), (4, 16), generator=generator)
+
+
+@torch.no_grad()
+def _probe_scores(backbone: Backbone, role: str, input_ids: Tensor) -> list[float]:
+    input_ids = input_ids.to(backbone.model.device)
+    with backbone.use(role):
+        return list(backbone.scores(role, input_ids, torch.ones_like(input_ids, dtype=torch.bool)).tolist())

@@ -12,13 +12,14 @@ tensors, so that the first ratio is exactly 1 also in NF4, where another padding
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowrank_rlhf.advantages import gae, masked_mean, token_rewards, whiten
 from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.checkpoints import load_state, save_state
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.data import Batch, Example, Renderer, Sequence, load_prompts, pad_batch
 from lowrank_rlhf.data.batches import chunks
@@ -56,8 +57,9 @@ class Experience:
 def train(recipe: PPORecipe, run: Run) -> None:
     """Train the `policy` and `value` roles and save them; metrics row k is the rollout that update k learned from."""
     ppo = PPO(recipe)
-    run.record(
-        data_hash=data_hash(recipe.data),
+    run.start(
+        ppo.backbone,
+        data_hash(recipe.data),
         reference=ppo.backbone.reference_role or "base",
         rows={"prompts": len(ppo.prompts)},
     )
@@ -65,7 +67,8 @@ def train(recipe: PPORecipe, run: Run) -> None:
         f"ppo: {len(ppo.prompts)} prompts, reference: {ppo.backbone.reference_role or 'base, adapters off'}", flush=True
     )
     metrics: Metrics = {}
-    for step in range(1, recipe.train.max_steps + 1):
+    done = ppo.load(run.checkpoint) if run.checkpoint else 0
+    for step in range(done + 1, recipe.train.max_steps + 1):
         started = time.perf_counter()
         experiences, metrics = ppo.collect()
         if step == 1:
@@ -80,6 +83,9 @@ def train(recipe: PPORecipe, run: Run) -> None:
             f"kl {metrics['objective/kl']:.2f}  length {metrics['objective/length']:.0f}  {metrics['seconds']:.0f} s",
             flush=True,
         )
+        if run.is_due(step) and step < recipe.train.max_steps:
+            with run.write_checkpoint(step) as folder:
+                ppo.save(folder, step)
     for role in ("policy", "value"):
         run.save_role(ppo.backbone, role)
     run.record(final=metrics)
@@ -109,10 +115,12 @@ class PPO:
         if recipe.train.gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         steps = recipe.train.max_steps * recipe.ppo.inner_epochs * recipe.ppo.minibatches
-        self.policy_optimizer = optimizer_and_schedule(backbone.parameters("policy"), recipe.train, steps)
-        self.value_optimizer = optimizer_and_schedule(
-            backbone.parameters("value"), recipe.train, steps, recipe.value_model.learning_rate
-        )
+        self.optimizers = {
+            "policy": optimizer_and_schedule(backbone.parameters("policy"), recipe.train, steps),
+            "value": optimizer_and_schedule(
+                backbone.parameters("value"), recipe.train, steps, recipe.value_model.learning_rate
+            ),
+        }
         self.shuffle = torch.Generator().manual_seed(recipe.seed)
         self.order: list[int] = []
 
@@ -200,14 +208,14 @@ class PPO:
                 clipped_sum += float(clipped[e.mask].sum())
                 kl_sum += float(0.5 * (log_ratio**2).sum())
                 ratio_sum += float(log_ratio.exp().sum())
-        grad_norm = self.step("policy", self.policy_optimizer)
+        grad_norm = self.step("policy")
         return {
             "loss/policy_avg": loss_sum,
             "policy/approxkl_avg": kl_sum / tokens,
             "policy/clipfrac_avg": clipped_sum / tokens,
             "policy/grad_norm": grad_norm,
             "val/ratio": ratio_sum / tokens,
-            "lr": float(self.policy_optimizer[1].get_last_lr()[0]),
+            "lr": float(self.optimizers["policy"][1].get_last_lr()[0]),
         }
 
     def value_step(self, minibatch: list[Experience]) -> Metrics:
@@ -224,15 +232,15 @@ class PPO:
                 loss.backward()
                 loss_sum += float(loss.detach())
                 clipped_sum += float(clipped[e.mask].sum())
-        grad_norm = self.step("value", self.value_optimizer)
+        grad_norm = self.step("value")
         return {
             "loss/value_avg": loss_sum,
             "val/clipfrac_avg": clipped_sum / tokens,
             "value/grad_norm": grad_norm,
         }
 
-    def step(self, role: str, optimizer_and_schedule: tuple[Any, Any]) -> float:
-        optimizer, schedule = optimizer_and_schedule
+    def step(self, role: str) -> float:
+        optimizer, schedule = self.optimizers[role]
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(role), self.recipe.train.max_grad_norm)
         optimizer.step()
         schedule.step()
@@ -248,6 +256,19 @@ class PPO:
             temperature=self.recipe.rollout.temperature,
         )
         return align(logps, batch.completion_mask)
+
+    # Going on
+
+    def save(self, folder: Path, step: int) -> None:
+        cursor = {"step": step, "order": self.order, "shuffle": self.shuffle.get_state()}
+        save_state(folder, self.backbone, self.optimizers, **cursor)
+
+    def load(self, folder: Path) -> int:
+        """Everything as it was after the step that is returned."""
+        cursor = load_state(folder, self.backbone, self.optimizers)
+        self.order = cursor["order"]
+        self.shuffle.set_state(cursor["shuffle"])
+        return int(cursor["step"])
 
     # The start
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.checkpoints import load_state, save_state
 from lowrank_rlhf.config import RewardRecipe
 from lowrank_rlhf.data import Example, Renderer, Sequence, load_preferences, pad_batch
 from lowrank_rlhf.data.batches import chunks
@@ -37,11 +38,11 @@ def train(recipe: RewardRecipe, run: Run) -> None:
     pairs, eval_pairs = tokenize(train_examples, renderer), tokenize(eval_examples, renderer)
     cut = sum(s.cut for pair in pairs + eval_pairs for s in pair)
     print(f"reward: {len(pairs)} pairs, {len(eval_pairs)} held out, {cut} answers cut to the limits", flush=True)
-    run.record(data_hash=data_hash(recipe.data), rows={"train": len(pairs), "eval": len(eval_pairs), "cut": cut})
+    run.start(backbone, data_hash(recipe.data), rows={"train": len(pairs), "eval": len(eval_pairs), "cut": cut})
 
     prompts = [e.prompt_key for e in eval_examples]
-    first = evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size)
-    run.log(0, first)
+    if run.checkpoint is None:
+        run.log(0, evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size))
     optimize(recipe, backbone, run, pairs, eval_pairs, prompts)
     last = evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size)
     run.save_role(backbone, ROLE)
@@ -75,8 +76,14 @@ def optimize(
     optimizer, schedule = optimizer_and_schedule(backbone.parameters(ROLE), train, steps)
     shuffle = torch.Generator().manual_seed(recipe.seed)
     order: list[list[int]] = []
+    done = 0
+    optimizers = {ROLE: (optimizer, schedule)}
+    if run.checkpoint:
+        cursor = load_state(run.checkpoint, backbone, optimizers)
+        done, order = cursor["step"], cursor["order"]
+        shuffle.set_state(cursor["shuffle"])
     started = time.perf_counter()
-    for step in range(1, steps + 1):
+    for step in range(done + 1, steps + 1):
         if not order:
             order = chunks(torch.randperm(len(pairs), generator=shuffle).tolist(), train.batch_size)
         loss, accuracy, tokens = step_gradients(backbone, [pairs[i] for i in order.pop(0)], train.micro_batch_size)
@@ -98,6 +105,9 @@ def optimize(
         print(f"reward step {step:4d}/{steps}  loss {loss:.4f}  accuracy {accuracy:.3f}", flush=True)
         if recipe.eval.steps and step % recipe.eval.steps == 0 and step < steps:
             run.log(step, evaluate(backbone, eval_pairs, prompts, train.micro_batch_size))
+        if run.is_due(step) and step < steps:
+            with run.write_checkpoint(step) as folder:
+                save_state(folder, backbone, optimizers, step=step, order=order, shuffle=shuffle.get_state())
     run.log(steps, evaluate(backbone, eval_pairs, prompts, train.micro_batch_size))
 
 

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lowrank_rlhf.backbone import Backbone
@@ -17,6 +18,7 @@ from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.runs import Run
 
 ROLE = "sft"
+ROLE_FILE = "role.pt"
 
 
 def train(recipe: SFTRecipe, run: Run) -> None:
@@ -35,15 +37,16 @@ def train(recipe: SFTRecipe, run: Run) -> None:
         f"sft: {len(train_set)} demonstrations, {len(eval_set)} held out, {cut + eval_cut} cut to the limits",
         flush=True,
     )
-    run.record(data_hash=data_hash(recipe.data), rows={"train": len(train_set), "eval": len(eval_set), "cut": cut})
+    run.start(backbone, data_hash(recipe.data), rows={"train": len(train_set), "eval": len(eval_set), "cut": cut})
 
     with backbone.use(ROLE, train=True):
         trainer = build_trainer(recipe, backbone, run, train_set, eval_set)
-        first = trainer.evaluate()
-        trainer.train()
+        if run.checkpoint is None:
+            trainer.evaluate()
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
         last = trainer.evaluate()
     run.save_role(backbone, ROLE)
-    final = {"eval_loss_before": first["eval_loss"], "eval_loss": last["eval_loss"]}
+    final = {"eval_loss_before": run.metrics()[0]["eval_loss"], "eval_loss": last["eval_loss"]}
     run.record(final=final)
     print(f"sft: eval loss {final['eval_loss_before']:.4f} -> {final['eval_loss']:.4f}; saved in {run.dir}", flush=True)
 
@@ -93,7 +96,9 @@ def build_trainer(
     )
     assert backbone.peft is not None
     with keep_lora_precision(backbone):
-        trainer = SFTTrainer(
+        trainer = RunTrainer(
+            run,
+            backbone,
             model=backbone.peft,
             args=arguments,
             train_dataset=train_set,
@@ -117,11 +122,44 @@ def keep_lora_precision(backbone: Backbone) -> Iterator[None]:
         parameter.data = data
 
 
+class RunTrainer(SFTTrainer):
+    """trl's trainer, whose checkpoints are the run's: complete or absent, and of the one role that learns."""
+
+    def __init__(self, run: Run, backbone: Backbone, **arguments: Any):
+        self.run, self.role_parameters = run, backbone.parameters(ROLE)
+        super().__init__(**arguments)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.run.write_checkpoint(self.state.global_step) as folder:
+            self.args.output_dir = str(folder)
+            # Past trl's own method, which writes a model card that names a local path as the base
+            Trainer._save_checkpoint(self, model, trial)
+            (written,) = folder.iterdir()
+            for path in written.iterdir():
+                path.rename(folder / path.name)
+            written.rmdir()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir()
+        torch.save([p.detach() for p in self.role_parameters], Path(output_dir, ROLE_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = torch.load(Path(resume_from_checkpoint, ROLE_FILE), map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            for parameter, value in zip(self.role_parameters, saved, strict=True):
+                parameter.copy_(value)
+
+
 class MetricsToRun(TrainerCallback):
-    """Every number the trainer logs, into the run's metrics.jsonl and onto one terminal line."""
+    """Every number the trainer logs goes into the run and onto one terminal line; the run says when to save."""
 
     def __init__(self, run: Run):
         self.run = run
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.run.is_due(state.global_step) and state.global_step < state.max_steps:
+            control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         metrics = {name: float(value) for name, value in (logs or {}).items() if math.isfinite(float(value))}

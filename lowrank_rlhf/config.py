@@ -94,9 +94,13 @@ class PPOTrain:
 
 @dataclass(frozen=True)
 class Eval:
-    """Held-out evaluation every `steps` optimizer steps, besides step 0 and the end. None: only those two."""
+    """Held-out evaluation every `steps` optimizer steps, besides step 0 and the end. None: only those two.
+
+    `patience`: stop after this many evaluations without a new best, and keep the weights of the best one.
+    """
 
     steps: int | None = ranged(None, 1)
+    patience: int | None = ranged(None, 1)
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,14 @@ class Save:
 
     steps: int | None = ranged(50, 1)
     keep: int = ranged(2, 1)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Experiment trackers beside metrics.jsonl. W&B sends data to its servers; the others stay on this machine."""
+
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)
+    project: str = "lowrank-rlhf"
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,7 @@ class Run:
     base: Base = field(default_factory=Base)
     lora: Lora = field(default_factory=Lora)
     save: Save = field(default_factory=Save)
+    track: Track = field(default_factory=Track)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ runs/NAME/run.json        resolved recipe, what identifies the base, data hash, 
 runs/NAME/recipe.yaml     the same recipe as a file to start from, or to go on with
 runs/NAME/metrics.jsonl   one line per logged step
 runs/NAME/adapters/ROLE/  a PEFT folder, plus head.safetensors and a model card
+runs/NAME/plots/*.png     the metrics as curves
 runs/NAME/checkpoints/    what is needed to go on where the run stopped
 """
 
@@ -26,6 +27,8 @@ from lowrank_rlhf.checkpoints import Checkpoints
 from lowrank_rlhf.config import Run as RunRecipe
 from lowrank_rlhf.config import as_dict, as_yaml
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.plots import plot_run
+from lowrank_rlhf.tracking import Trackers, check_installed
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets")
 
@@ -65,6 +68,8 @@ class Run:
         self.checkpoints = Checkpoints(self.dir / "checkpoints", recipe.save.keep)
         self.checkpoint: Path | None = None
         self.stopping = False
+        check_installed(recipe.track)
+        self.trackers: Trackers | None = None
         if resume:
             self._reopen()
             return
@@ -89,7 +94,7 @@ class Run:
     def _reopen(self) -> None:
         self.info = read_run(self.dir, "--resume")
         ours, theirs = as_dict(dataclasses.replace(self.recipe, run_dir=str(self.dir))), self.info["recipe"]
-        changed = [key for key in ours if ours[key] != theirs.get(key) and key != "save"]
+        changed = [key for key in ours if ours[key] != theirs.get(key) and key not in ("save", "track")]
         if changed:
             raise UserError(
                 f"--resume: {self.dir} was started with another {' and '.join(changed)}; go on with its own recipe, "
@@ -159,9 +164,19 @@ class Run:
         write_atomic(self.dir / "run.json", json.dumps(self.info, indent=2, ensure_ascii=False) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, and say it."""
+        """Append one line to metrics.jsonl and tell the trackers."""
         with (self.dir / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.trackers is None:
+            self.trackers = Trackers(self.recipe.track, self.dir, self.info["recipe"])
+        self.trackers.log(step, metrics)
+
+    def finish(self, **final: Any) -> None:
+        """Draw the plots and record the final metrics: nothing is left to do."""
+        plot_run(self.dir)
+        if self.trackers is not None:
+            self.trackers.close()
+        self.record(final=final)
 
     def metrics(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.dir / METRICS).read_text().splitlines()]

@@ -20,7 +20,7 @@ LAYERS = [
     {"rewards"},
     {"rollout", "scoring"},
     {"runs"},
-    {"checkpoints"},
+    {"checkpoints", "plots", "tracking", "progress"},
     {"backbone"},
     {"data"},
     {"logps", "losses", "advantages", "kl"},
@@ -32,7 +32,7 @@ PURE = ["logps", "losses", "advantages", "kl"]
 
 MAX_FILE, MAX_FUNCTION = 300, 50
 LONGER_FILES = {
-    "config.py": 440,  # every recipe class and the loader that checks them
+    "config.py": 460,  # every recipe class and the loader that checks them
     "backbone/roles.py": 330,  # one class: who is on
 }
 

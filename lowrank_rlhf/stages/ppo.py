@@ -9,7 +9,6 @@ The unit of work is a micro-batch fixed for the iteration: the old log-probs and
 tensors, so that the first ratio is exactly 1 also in NF4, where another padding gives other log-probs.
 """
 
-import time
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.kl import kl_per_token
 from lowrank_rlhf.losses import ppo_policy_loss, ppo_value_loss
+from lowrank_rlhf.progress import Progress
 from lowrank_rlhf.rewards import load_rewards
 from lowrank_rlhf.rollout import generate
 from lowrank_rlhf.runs import Run, load_run_role
@@ -48,27 +48,23 @@ def train(recipe: PPORecipe, run: Run) -> None:
     )
     metrics: Metrics = {}
     done = ppo.load(run.checkpoint) if run.checkpoint else 0
+    progress = Progress("ppo", recipe.train.max_steps, done)
     for step in range(done + 1, recipe.train.max_steps + 1):
-        started = time.perf_counter()
         experiences, metrics = ppo.collect()
         if step == 1:
             first = {**metrics, **ppo.first_ratio(experiences[0])}
             ppo.check_start(first)
             run.log(0, first)
         metrics |= ppo.update(experiences)
-        metrics["seconds"] = time.perf_counter() - started
+        shown = {name: metrics[f"objective/{name}"] for name in ("scores", "kl", "length")}
+        metrics |= progress.step(step, sum(int(e.batch.attention_mask.sum()) for e in experiences), **shown)
         run.log(step, metrics)
-        print(
-            f"ppo step {step:3d}/{recipe.train.max_steps}  score {metrics['objective/scores']:+.3f}  "
-            f"kl {metrics['objective/kl']:.2f}  length {metrics['objective/length']:.0f}  {metrics['seconds']:.0f} s",
-            flush=True,
-        )
         if run.is_due(step) and step < recipe.train.max_steps:
             with run.write_checkpoint(step) as folder:
                 ppo.save(folder, step)
     for role in ("policy", "value"):
         run.save_role(ppo.backbone, role)
-    run.record(final=metrics)
+    run.finish(**metrics)
     print(f"ppo: saved in {run.dir}", flush=True)
 
 

@@ -1,6 +1,5 @@
 """Reward modelling: a Bradley–Terry loss over the `reward` role and its fp32 head."""
 
-import time
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -13,8 +12,10 @@ from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.evaluation.intervals import bootstrap_mean
 from lowrank_rlhf.losses import bradley_terry_loss
+from lowrank_rlhf.progress import Progress
 from lowrank_rlhf.runs import Run, load_run_role
 from lowrank_rlhf.scoring import score_sequences
+from lowrank_rlhf.stages.early_stopping import Best
 from lowrank_rlhf.stages.optim import optimizer_and_schedule
 
 ROLE = "reward"
@@ -46,8 +47,10 @@ def train(recipe: RewardRecipe, run: Run) -> None:
     optimize(recipe, backbone, run, pairs, eval_pairs, prompts)
     last = evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size)
     run.save_role(backbone, ROLE)
-    run.record(final=last)
-    print(f"accuracy {last['eval_accuracy']:.3f} [{last['eval_accuracy_low']:.3f}, {last['eval_accuracy_high']:.3f}]")
+    run.finish(**last)
+    if last:
+        low, high = last["eval_accuracy_low"], last["eval_accuracy_high"]
+        print(f"accuracy {last['eval_accuracy']:.3f} [{low:.3f}, {high:.3f}]")
     print(f"reward: saved in {run.dir}", flush=True)
 
 
@@ -78,11 +81,13 @@ def optimize(
     order: list[list[int]] = []
     done = 0
     optimizers = {ROLE: (optimizer, schedule)}
+    best = Best(backbone.parameters(ROLE), recipe.eval)
     if run.checkpoint:
         cursor = load_state(run.checkpoint, backbone, optimizers)
         done, order = cursor["step"], cursor["order"]
         shuffle.set_state(cursor["shuffle"])
-    started = time.perf_counter()
+        best.load_state_dict(cursor["best"])
+    progress = Progress("reward", steps, done)
     for step in range(done + 1, steps + 1):
         if not order:
             order = chunks(torch.randperm(len(pairs), generator=shuffle).tolist(), train.batch_size)
@@ -91,24 +96,20 @@ def optimize(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        run.log(
-            step,
-            {
-                "loss": loss,
-                "rewards/accuracies": accuracy,
-                "grad_norm": float(grad_norm),
-                "lr": float(schedule.get_last_lr()[0]),
-                "tokens_per_second": tokens / seconds,
-            },
-        )
-        print(f"reward step {step:4d}/{steps}  loss {loss:.4f}  accuracy {accuracy:.3f}", flush=True)
-        if recipe.eval.steps and step % recipe.eval.steps == 0 and step < steps:
-            run.log(step, evaluate(backbone, eval_pairs, prompts, train.micro_batch_size))
+        metrics = {"loss": loss, "rewards/accuracies": accuracy, "grad_norm": float(grad_norm)}
+        speed = progress.step(step, tokens, loss=loss, accuracy=accuracy)
+        run.log(step, {**metrics, "lr": float(schedule.get_last_lr()[0]), **speed})
+        if recipe.eval.steps and (step % recipe.eval.steps == 0 or step == steps):
+            held_out = evaluate(backbone, eval_pairs, prompts, train.micro_batch_size)
+            run.log(step, held_out)
+            if held_out and best.update(-held_out["eval_accuracy"]):
+                print(f"reward: no better held-out accuracy for {recipe.eval.patience} evaluations, stopping")
+                break
         if run.is_due(step) and step < steps:
             with run.write_checkpoint(step) as folder:
-                save_state(folder, backbone, optimizers, step=step, order=order, shuffle=shuffle.get_state())
-    run.log(steps, evaluate(backbone, eval_pairs, prompts, train.micro_batch_size))
+                cursor = {"step": step, "order": order, "shuffle": shuffle.get_state(), "best": best.state_dict()}
+                save_state(folder, backbone, optimizers, **cursor)
+    best.restore()
 
 
 def step_gradients(backbone: Backbone, pairs: list[Pair], micro_batch_size: int) -> tuple[float, float, int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 # File → (title, y axis, metrics that are drawn when they are there)
 PLOTS = {
-    "loss": ("Loss", "nats", ("loss", "eval_loss", "loss/policy_avg", "loss/value_avg")),
+    "loss": ("Loss", "loss", ("loss", "eval_loss", "loss/policy_avg", "loss/value_avg")),
     "accuracy": (
         "Accuracy",
         "share",
@@ -36,6 +36,7 @@ def plot_run(run_dir: Path) -> list[Path]:
             marker = "o" if metric.startswith("eval_") else ""
             axes.plot(*zip(*points, strict=True), label=metric, linewidth=1.5, marker=marker, markersize=4)
         axes.set(title=title, xlabel="step", ylabel=unit)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

@@ -60,6 +60,7 @@ def test_sft_on_alpaca_lowers_the_held_out_loss(runs):
         "data.max_rows=200",
         "data.max_completion_tokens=128",
         "train.max_steps=30",
+        "train.micro_batch_size=4",
         "train.batch_size=8",
     )
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
@@ -78,7 +79,7 @@ HH = [
 
 
 def test_reward_model_on_hh_trains_and_prints_its_accuracy(runs, capsys):
-    rows = stage("reward", runs / "reward", *HH, "train.epochs=1")
+    rows = stage("reward", runs / "reward", *HH, "train.epochs=1", "train.micro_batch_size=2")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert abs(rows[0]["eval_loss"] - 0.6931) < 1e-3, "a zero head gives log 2"
     assert sum(losses[-10:]) < sum(losses[:10])
@@ -97,6 +98,7 @@ def test_ppo_against_that_reward_model_runs_five_iterations(runs):
         f"reward_from=[{{run: {runs}/reward}}]",
         "reward=null",
         "train.max_steps=5",
+        "train.micro_batch_size=4",
     )
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert rows[0]["objective/kl"] == 0

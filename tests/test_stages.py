@@ -7,6 +7,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lowrank_rlhf import config
 from lowrank_rlhf.backbone import Backbone
@@ -176,6 +177,14 @@ def test_saved_role_reloads_bit_equal(tmp_path):
     first = scores()
     assert first.abs().sum() > 0
     assert torch.equal(first, scores())
+
+
+def test_sft_trains_its_lora_weights_in_float32(tmp_path):
+    """Given a 4-bit base, trl casts trainable LoRA weights to bf16 (trap 13b), where small steps round to nothing."""
+    weights = load_file(train("sft", tmp_path / "sft", "train.max_steps=5") / "adapters/sft/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    for name, tensor in weights.items():
+        assert not torch.equal(tensor, tensor.bfloat16().float()), f"{name} holds only what bf16 can hold"
 
 
 def test_stage_table_matches_modules():

@@ -22,6 +22,7 @@ PLOTS = {
 def plot_run(run_dir: Path) -> list[Path]:
     """Draw every group that the run has numbers for into `plots/`; returns the files."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     files = []
@@ -36,7 +37,7 @@ def plot_run(run_dir: Path) -> list[Path]:
             marker = "o" if metric.startswith("eval_") else ""
             axes.plot(*zip(*points, strict=True), label=metric, linewidth=1.5, marker=marker, markersize=4)
         axes.set(title=title, xlabel="step", ylabel=unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)

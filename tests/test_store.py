@@ -5,10 +5,10 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from lowrank_rlhf.backbone import Backbone, embedded, tiny
 from lowrank_rlhf.backbone.store import load_role, save_role
@@ -173,3 +173,39 @@ def test_a_role_that_scores_otherwise_than_when_it_was_saved_is_refused(what, tm
     save_file({name: tensor.flip(axis).contiguous() for name, tensor in load_file(path).items()}, path)
     with pytest.raises(UserError, match="scores of the stored probe are"):
         load_role(Backbone(base), tmp_path / "reward", "policy")
+
+
+# A reward model of transformers' own kind (trap 11)
+
+
+def classifier_adapter(folder, labels):
+    """A one-label sequence classifier on the tiny base, its LoRA and score layer at random, saved by PEFT."""
+    tiny.tiny_model().save_pretrained(folder / "base")
+    tiny.tiny_tokenizer().save_pretrained(folder / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=labels, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "score" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    model.save_pretrained(folder / "adapter")
+    return model.eval()
+
+
+def test_a_reward_adapter_of_a_sequence_classifier_loads_onto_the_causal_base(tmp_path):
+    classifier = classifier_adapter(tmp_path, labels=1)
+    backbone = Backbone(Base(model=str(tmp_path / "base"), quantization="none", device="cpu"))
+    load_role(backbone, tmp_path / "adapter", "reward")
+    ids = tokens()  # no pad token in them, so the classifier reads the last one as we do
+    with torch.no_grad(), backbone.use("reward"):
+        scores = backbone.scores("reward", ids, torch.ones_like(ids).bool())
+        assert_close(scores, classifier(input_ids=ids).logits[:, 0], atol=1e-5, rtol=1e-5)
+    assert scores.abs().min() > 1e-3
+
+
+def test_a_classifier_of_several_labels_is_refused(tmp_path):
+    classifier_adapter(tmp_path, labels=3)
+    backbone = Backbone(Base(model=str(tmp_path / "base"), quantization="none", device="cpu"))
+    with pytest.raises(UserError, match="a classifier of 3 labels is not a reward model"):
+        load_role(backbone, tmp_path / "adapter", "reward")

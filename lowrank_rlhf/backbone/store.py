@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from lowrank_rlhf.backbone.roles import Backbone, copy_config
 from lowrank_rlhf.errors import UserError
 
 WEIGHTS, HEAD, PROBE = "adapter_model.safetensors", "head.safetensors", "probe.json"
+SCORE = "base_model.model.score.weight"  # of a sequence classifier
 PROBE_TOLERANCE = (
     0.05  # of the largest score: another device rounds otherwise, another base or a damaged file is far off
 )
@@ -55,6 +56,9 @@ def save_role(backbone: Backbone, role: str, folder: Path, card: str) -> None:
 def load_role(backbone: Backbone, folder: Path, role: str) -> None:
     """Add the adapter of a folder as `role`, with its head where it has one; frozen until `train_only` names it.
 
+    An adapter of a sequence classifier with one label, as trl and transformers train reward models, loads too: its
+    layers have the names of the causal model's, and its `score` layer becomes the head.
+
     Raises:
         UserError: the folder is not a LoRA adapter, or not one for this base.
     """
@@ -63,12 +67,21 @@ def load_role(backbone: Backbone, folder: Path, role: str) -> None:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder}: adapter type {config.peft_type} is not supported, only LoRA is")
+    weights = load_file(folder / WEIGHTS)
+    score = weights.pop(SCORE, None) if config.task_type == TaskType.SEQ_CLS else None
+    if score is not None:
+        config.modules_to_save = None
     backbone.add_adapter(role, config)
     assert backbone.peft is not None
-    result: Any = set_peft_model_state_dict(backbone.peft, load_file(folder / WEIGHTS), adapter_name=role)
+    result: Any = set_peft_model_state_dict(backbone.peft, weights, adapter_name=role)
     missing = [key for key in result.missing_keys if f".{role}." in key]
     if result.unexpected_keys or missing:
         raise UserError(f"{folder}: the adapter does not fit {backbone.info.model}; was it trained on another base?")
+    if score is not None:
+        if score.shape[0] != 1:
+            raise UserError(f"{folder}: a classifier of {score.shape[0]} labels is not a reward model; one is needed")
+        backbone.add_head(role)
+        backbone.heads[role].load_state_dict({"linear.weight": score.float()})
     if (folder / HEAD).is_file():
         backbone.add_head(role)
         backbone.heads[role].load_state_dict(load_file(folder / HEAD))

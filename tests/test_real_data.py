@@ -3,17 +3,14 @@
 Minutes rather than seconds, so only `pytest -m slow` runs it; it reads the files from $LOWRANK_RLHF_DATA.
 """
 
-import gc
 import json
 import os
 import re
 from pathlib import Path
 
-import bitsandbytes as bnb
 import pytest
 
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.runs import Run
 
 DATA = os.environ.get("LOWRANK_RLHF_DATA")
 
@@ -29,21 +26,10 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def bases(monkeypatch):
-    """(layers, distinct storages) of all 4-bit weights alive at each logged step."""
+def _in_repository(monkeypatch, bases_seen):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    seen = set()
-    log = Run.log
-
-    def counting_log(self, step, metrics):
-        gc.collect()
-        weights = [o for o in gc.get_objects() if isinstance(o, bnb.nn.Params4bit) and o.device.type != "meta"]
-        seen.add((len(weights), len({w.untyped_storage().data_ptr() for w in weights})))
-        log(self, step, metrics)
-
-    monkeypatch.setattr(Run, "log", counting_log)
-    yield seen
-    assert seen == {(210, 210)}, "30 layers × 7 quantised projections, each once"
+    yield
+    assert bases_seen == {(210, 210)}, "30 layers × 7 quantised projections, each once"
 
 
 def stage(name, run_dir, *overrides):

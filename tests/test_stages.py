@@ -52,29 +52,12 @@ def test_every_recipe_runs_two_real_steps_in_its_tiny_form(path, tmp_path):
     assert info["data_hash"]
 
 
-def count_bases(monkeypatch) -> list[tuple[int, int]]:
-    """(layers, distinct storages) of all 4-bit weights alive at each logged step, wherever they hang."""
-    seen: list[tuple[int, int]] = []
-    log = Run.log
-
-    def counting_log(self, step, metrics):
-        gc.collect()
-        weights = [o for o in gc.get_objects() if isinstance(o, bnb.nn.Params4bit) and o.device.type != "meta"]
-        seen.append((len(weights), len({w.untyped_storage().data_ptr() for w in weights})))
-        log(self, step, metrics)
-
-    monkeypatch.setattr(Run, "log", counting_log)
-    return seen
-
-
-def test_one_base_in_memory_in_every_stage(tmp_path, monkeypatch):
+def test_one_base_in_memory_in_every_stage(tmp_path, bases_seen):
     """The tiny model has 2 layers × 7 quantised projections = 14 storages; a second copy would show as 28."""
     gc.collect()
-    seen = count_bases(monkeypatch)
     sft, reward = train("sft", tmp_path / "sft"), train("reward", tmp_path / "reward")
     train("ppo", tmp_path / "ppo", f"policy_from={sft}", f"reward_from=[{{run: {reward}}}]", "reward=null")
-    assert seen
-    assert set(seen) == {(14, 14)}
+    assert bases_seen == {(14, 14)}
 
 
 def ppo_recipe(*overrides: str) -> PPORecipe:

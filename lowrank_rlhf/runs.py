@@ -14,12 +14,17 @@ import itertools
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.store import load_role, save_role
@@ -68,6 +73,7 @@ class Run:
         self.checkpoints = Checkpoints(self.dir / "checkpoints", recipe.save.keep)
         self.checkpoint: Path | None = None
         self.stopping = False
+        self.opened = time.perf_counter()
         check_installed(recipe.track)
         self.trackers: Trackers | None = None
         if resume:
@@ -172,11 +178,12 @@ class Run:
         self.trackers.log(step, metrics)
 
     def finish(self, **final: Any) -> None:
-        """Draw the plots and record the final metrics: nothing is left to do."""
+        """Draw the plots and record the final metrics, time and peak of memory: nothing is left to do."""
         plot_run(self.dir)
         if self.trackers is not None:
             self.trackers.close()
-        self.record(final=final)
+        minutes = round((time.perf_counter() - self.opened) / 60, 1)  # of this process, where the run was resumed
+        self.record(final=final, minutes=minutes, peak_memory_gib=peak_memory_gib())
 
     def metrics(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.dir / METRICS).read_text().splitlines()]
@@ -224,6 +231,16 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
+
+
+def peak_memory_gib() -> dict[str, float]:
+    """The most that this process ever held: `ram` resident, `vram` allocated by torch."""
+    # Kilobytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if torch.cuda.is_available():
+        peak["vram"] = torch.cuda.max_memory_allocated() / 2**30
+    return {name: round(value, 2) for name, value in peak.items()}
 
 
 def unused_run_dir(name: str) -> Path:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_recipe_arguments(verb, default=None)
     summary = "what this machine can do, and the fix where training would be wrong"
     verbs.add_parser("doctor", help=summary, description=summary)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     return run_safely(lambda: _doctor() if args.verb == "doctor" else _stage(args))
 
 
@@ -40,7 +40,7 @@ def recipe_main(cls: type[T], default: str, train: Callable[..., None], argv: Se
     """What `python recipes/STAGE.py` does: read the recipe, open the run, train."""
     parser = argparse.ArgumentParser(description=f"Without arguments: the recipe {default} on the embedded model.")
     add_recipe_arguments(parser, default=default)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     return run_safely(lambda: _train(cls, args, train))
 
 
@@ -52,6 +52,17 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None) -
     parser.add_argument("--resume", action="store_true", help="go on with the run in run_dir where it stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run_dir")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags and overrides in any order; argparse alone takes no override behind a flag that follows another one."""
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
 
 
 def run_safely(action: Callable[[], int]) -> int:

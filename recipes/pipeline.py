@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from lowrank_rlhf.cli import quiet, run_safely
+from lowrank_rlhf.cli import parse, quiet, run_safely
 from lowrank_rlhf.config import PPORecipe, RewardRecipe, SFTRecipe, load_recipe
 from lowrank_rlhf.errors import UserError
 
@@ -21,7 +21,7 @@ def main() -> int:
     )
     parser.add_argument("--tiny", action="store_true", help="smoke test: random 2-layer model, two steps a stage")
     parser.add_argument("overrides", nargs="*", metavar="stage.key=value", help="stage is sft, reward or ppo")
-    args = parser.parse_args()
+    args = parse(parser)
     return run_safely(lambda: pipeline(args))
 
 

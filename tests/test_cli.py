@@ -135,6 +135,15 @@ def test_only_bad_input_is_caught(capsys):
             run_safely(lambda error=error: fail(error))
 
 
+def test_flags_and_overrides_come_in_any_order(capsys):
+    words = ["seed=2", "--dry-run", "lora.r=3", "--tiny", "train.max_steps=7"]
+    assert cli.main(["sft", "--config", "recipes/sft.yaml", *words]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["seed"], printed["lora"]["r"], printed["train"]["max_steps"]) == (2, 3, 7)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["doctor", "seed=2"])
+
+
 # --dry-run
 
 

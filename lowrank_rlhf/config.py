@@ -49,12 +49,18 @@ class Lora:
 
 @dataclass(frozen=True)
 class Data:
-    """Where examples come from. Without `eval`, `eval_fraction` of the prompts of `train` are held out, by prompt."""
+    """Where examples come from. Without `eval`, `eval_fraction` of the prompts of `train` are held out, by prompt.
+
+    `columns` renames, ours: theirs. `loss_on`: SFT learns the last answer of a dialogue, or all the assistant's turns.
+    """
 
     train: str
     eval: str | None = None
     eval_fraction: float = ranged(0.1, 0, 0.9)
     format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    on_bad_row: Literal["error", "skip"] = "error"
+    loss_on: Literal["last", "all"] = "last"
     prompt_template: str = "Instruction: {prompt}\nResponse: "
     max_rows: int | None = ranged(None, 2)
     max_prompt_tokens: int = ranged(256, 1)
@@ -379,6 +385,12 @@ def _check(value: Any, hint: Any, dotted: str, problems: list[str]) -> Any:
     elif origin is list:
         if isinstance(value, list):
             return [_check(item, args[0], f"{dotted}[{i}]", problems) for i, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {
+                _check(k, args[0], dotted, problems): _check(v, args[1], f"{dotted}.{k}", problems)
+                for k, v in value.items()
+            }
     elif dataclasses.is_dataclass(hint):
         if isinstance(value, dict):
             return _build(hint, value, dotted + ".", problems)  # type: ignore[arg-type]
@@ -414,6 +426,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if origin is list:
         return f"a list of {_describe(args[0])}"
+    if origin is dict:
+        return f"a group of keys, each with {_describe(args[1])}"
     if dataclasses.is_dataclass(hint):
         return "a group of keys"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

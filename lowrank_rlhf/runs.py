@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate"
 
 
 class Run:
-    """An open run directory.
+    """A run directory, which appears with the first thing a stage writes: its data and recipe are accepted by then.
 
     Args:
         recipe: its `run_dir`, or an unused `runs/STAGE-N`.
@@ -39,28 +39,42 @@ class Run:
         self.recipe = recipe
         stage = getattr(recipe, "stage", "run")
         self.dir = Path(recipe.run_dir) if recipe.run_dir else unused_run_dir(stage)
-        if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
-            if not overwrite:
-                raise UserError(f"run_dir: {self.dir} is not empty; choose another run_dir or pass --overwrite")
-            if not (self.dir / "run.json").is_file():
-                raise UserError(f"run_dir: {self.dir} has no run.json, so it is not deleted; choose another run_dir")
-            shutil.rmtree(self.dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self.overwrite = overwrite
+        self._check_free()
         self.info: dict[str, Any] = {
             "stage": stage,
             "recipe": as_dict(recipe),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
             "seed": recipe.seed,
         }
-        self.record()
+        self._opened = False
+
+    def _check_free(self) -> bool:
+        """Whether an earlier run stands there, which may be deleted."""
+        used = self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir()))
+        if used and not self.overwrite:
+            raise UserError(f"run_dir: {self.dir} is not empty; choose another run_dir or pass --overwrite")
+        if used and not (self.dir / "run.json").is_file():
+            raise UserError(f"run_dir: {self.dir} has no run.json, so it is not deleted; choose another run_dir")
+        existing = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"run_dir: {self.dir} cannot be made, {existing} is not a folder that can be written")
+        return used
 
     def record(self, **facts: Any) -> None:
-        """Add facts to run.json."""
+        """Add facts to run.json; the first call makes the directory, in the place of the one to overwrite."""
+        if not self._opened:
+            if self._check_free():  # again: minutes of reading and loading have passed
+                shutil.rmtree(self.dir)
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._opened = True
         self.info.update(facts)
         write_atomic(self.dir / "run.json", json.dumps(self.info, indent=2, ensure_ascii=False) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl, and say it."""
+        """Append one line to metrics.jsonl."""
+        if not self._opened:
+            self.record()
         with (self.dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 

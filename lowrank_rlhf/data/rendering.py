@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_rlhf.config import Data
-from lowrank_rlhf.data.formats import Messages
+from lowrank_rlhf.data.examples import Messages
 from lowrank_rlhf.errors import UserError
 
 

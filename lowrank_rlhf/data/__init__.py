@@ -5,6 +5,8 @@ from lowrank_rlhf.data.examples import Example, Examples
 from lowrank_rlhf.data.formats import read_examples
 from lowrank_rlhf.data.loading import load_demonstrations, load_preferences, load_prompts
 from lowrank_rlhf.data.rendering import Renderer, Sequence
+from lowrank_rlhf.data.report import data_report, print_report
+from lowrank_rlhf.data.tokenized import Sizes, tokenize_demonstrations
 
 __all__ = [
     "Batch",
@@ -12,9 +14,13 @@ __all__ = [
     "Examples",
     "Renderer",
     "Sequence",
+    "Sizes",
+    "data_report",
     "load_demonstrations",
     "load_preferences",
     "load_prompts",
     "pad_batch",
+    "print_report",
     "read_examples",
+    "tokenize_demonstrations",
 ]

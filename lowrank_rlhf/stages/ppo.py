@@ -20,7 +20,17 @@ from torch import Tensor
 from lowrank_rlhf.advantages import gae, masked_mean, token_rewards, whiten
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import PPORecipe
-from lowrank_rlhf.data import Batch, Example, Renderer, Sequence, load_prompts, pad_batch
+from lowrank_rlhf.data import (
+    Batch,
+    Example,
+    Renderer,
+    Sequence,
+    Sizes,
+    data_report,
+    load_prompts,
+    pad_batch,
+    print_report,
+)
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
@@ -59,11 +69,10 @@ def train(recipe: PPORecipe, run: Run) -> None:
     run.record(
         data_hash=data_hash(recipe.data),
         reference=ppo.backbone.reference_role or "base",
-        rows={"prompts": len(ppo.prompts)},
+        data_report=ppo.data_report,
     )
-    print(
-        f"ppo: {len(ppo.prompts)} prompts, reference: {ppo.backbone.reference_role or 'base, adapters off'}", flush=True
-    )
+    print_report(ppo.data_report)
+    print(f"ppo: reference: {ppo.backbone.reference_role or 'base, adapters off'}", flush=True)
     metrics: Metrics = {}
     for step in range(1, recipe.train.max_steps + 1):
         started = time.perf_counter()
@@ -98,10 +107,15 @@ class PPO:
                 f"({recipe.ppo.minibatches}) times a multiple of train.micro_batch_size "
                 f"({recipe.train.micro_batch_size})"
             )
-        self.prompts, _ = load_prompts(recipe.data)
+        self.prompts, held_out = load_prompts(recipe.data)
         torch.manual_seed(recipe.seed)
         self.backbone = backbone = Backbone(recipe.base)
         self.renderer = Renderer(backbone.tokenizer, recipe.data)
+        sizes = Sizes()
+        for e in self.prompts:
+            ids, cut = self.renderer.prompt(e.prompt, e.where)
+            sizes.add(len(ids), 0, cut)
+        self.data_report = data_report("prompts", self.prompts, held_out, self.renderer, sizes)
         start_policy(recipe, backbone)
         self.reward = load_rewards(recipe, backbone, self.renderer)
         start_value(recipe, backbone)

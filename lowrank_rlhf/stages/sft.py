@@ -1,7 +1,7 @@
 """Supervised fine-tuning: trl's SFTTrainer over the `sft` role of the one base."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import SFTRecipe
-from lowrank_rlhf.data import Example, Renderer, load_demonstrations
+from lowrank_rlhf.data import Renderer, data_report, load_demonstrations, print_report, tokenize_demonstrations
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.runs import Run
 
@@ -29,13 +29,11 @@ def train(recipe: SFTRecipe, run: Run) -> None:
     if recipe.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     renderer = Renderer(backbone.tokenizer, recipe.data)
-    train_set, cut = tokenize(train_examples, renderer)
-    eval_set, eval_cut = tokenize(eval_examples, renderer)
-    print(
-        f"sft: {len(train_set)} demonstrations, {len(eval_set)} held out, {cut + eval_cut} cut to the limits",
-        flush=True,
-    )
-    run.record(data_hash=data_hash(recipe.data), rows={"train": len(train_set), "eval": len(eval_set), "cut": cut})
+    train_set, sizes = tokenize_demonstrations(train_examples, renderer)
+    eval_set, _ = tokenize_demonstrations(eval_examples, renderer)
+    report = data_report("demonstrations", train_examples, eval_examples, renderer, sizes)
+    print_report(report)
+    run.record(data_hash=data_hash(recipe.data), data_report=report)
 
     with backbone.use(ROLE, train=True):
         trainer = build_trainer(recipe, backbone, run, train_set, eval_set)
@@ -46,16 +44,6 @@ def train(recipe: SFTRecipe, run: Run) -> None:
     final = {"eval_loss_before": first["eval_loss"], "eval_loss": last["eval_loss"]}
     run.record(final=final)
     print(f"sft: eval loss {final['eval_loss_before']:.4f} -> {final['eval_loss']:.4f}; saved in {run.dir}", flush=True)
-
-
-def tokenize(examples: Sequence[Example], renderer: Renderer) -> tuple[datasets.Dataset, int]:
-    """`input_ids` and `completion_mask` columns, and how many rows a limit cut."""
-    sequences = [renderer.sequence(e.prompt, e.chosen or [], e.where) for e in examples]
-    rows = {
-        "input_ids": [s.ids for s in sequences],
-        "completion_mask": [[0] * len(s.prompt_ids) + [1] * len(s.completion_ids) for s in sequences],
-    }
-    return datasets.Dataset.from_dict(rows), sum(s.cut for s in sequences)
 
 
 def build_trainer(

@@ -87,8 +87,8 @@ class Renderer:
             before, text = self._turn(messages[: i + 1], where)
             if not before.startswith(done):
                 raise UserError(
-                    f"{where}: the chat template renders turn {i} differently once the dialogue goes on, so its tokens "
-                    "cannot be told apart; use data.loss_on: last"
+                    f"{where}: the chat template renders the messages before number {i + 1} differently once the "
+                    "dialogue goes on, so learned tokens cannot be told apart; use data.loss_on: last"
                 )
             between = self._encode(before[len(done) :])
             start = len(ids) + len(between)

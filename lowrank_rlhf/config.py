@@ -248,10 +248,11 @@ def parse_yaml(text: str, source: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also an integer of 5000 digits, or [[[[…
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}" if mark else source
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        problem = str(getattr(error, "problem", error)).partition("\n")[0]
+        raise UserError(f"{where}: not valid YAML: {problem}") from error
     except UserError as error:
         raise UserError(f"{source}, {error}") from error
 

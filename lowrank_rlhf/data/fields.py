@@ -105,8 +105,12 @@ def answer(row: Row, column: str, where: str, asked: Messages, *, empty: bool = 
         return [{"role": "assistant", "content": text(row, column, where, empty=empty)}]
     if turns[: len(asked)] == asked:  # message-form rows often repeat the prompt in front of the answer
         turns = turns[len(asked) :]
-    if not turns or turns[-1]["role"] != "assistant":
-        raise UserError(f"{where}: column {column!r}: expected an answer that ends with the assistant's message")
+    return check_answer(turns, f"{where}: column {column!r}")
+
+
+def check_answer(turns: Messages, what: str) -> Messages:
+    if not turns or turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
+        raise UserError(f"{what}: expected an answer that begins and ends with the assistant's message")
     return turns
 
 

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 from lowrank_rlhf.data.demonstrations import best_path, oasst_turn, system_turn
 from lowrank_rlhf.data.examples import Example, Messages
-from lowrank_rlhf.data.fields import Row, answer, check_prompt, messages, number, others, prompt, sequence, short, text
+from lowrank_rlhf.data.fields import (
+    Row,
+    answer,
+    check_answer,
+    check_prompt,
+    messages,
+    number,
+    others,
+    prompt,
+    sequence,
+    short,
+    text,
+)
 from lowrank_rlhf.errors import UserError
 
 
@@ -71,7 +83,10 @@ def from_hh(row: Row, where: str) -> Example:
     if shared == 0:
         raise UserError(f"{where}: the chosen and rejected dialogues do not begin with the same human turn")
     columns = others(row, "chosen", "rejected", "margin")
-    return Example(where, chosen[:shared], chosen[shared:], rejected[shared:], columns, margin=_margin(row, where))
+    better, worse = chosen[shared:], rejected[shared:]
+    for column, turns in (("chosen", better), ("rejected", worse)):
+        check_answer(turns, f"{where}: column {column!r}")
+    return Example(where, chosen[:shared], better, worse, columns, margin=_margin(row, where))
 
 
 def _dialogue(row: Row, column: str, where: str) -> Messages:

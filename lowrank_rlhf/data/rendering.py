@@ -78,7 +78,8 @@ class Renderer:
             UserError: the template refuses the dialogue or renders a turn differently once the dialogue goes on.
         """
         messages = prompt + answer
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        # A greeting that opens the dialogue answers nothing, and templates refuse to render what stands before it
+        turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
         learned = turns if self.data.loss_on == "all" else turns[-1:]
         ids: list[int] = []
         mask: list[bool] = []

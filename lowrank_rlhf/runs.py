@@ -64,7 +64,10 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Add facts to run.json; the first call makes the directory, in the place of the one to overwrite."""
         if not self._opened:
-            if self._check_free():  # again: minutes of reading and loading have passed
+            # Again, because minutes of reading and loading have passed
+            if self.recipe.run_dir is None:
+                self.dir = unused_run_dir(self.info["stage"])
+            if self._check_free():
                 shutil.rmtree(self.dir)
             self.dir.mkdir(parents=True, exist_ok=True)
             self._opened = True

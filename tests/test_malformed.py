@@ -198,11 +198,15 @@ SETTINGS = [
 ]
 
 
+def unreachable(name, *arguments, **settings):
+    raise ConnectionError(f"Couldn't reach {name!r} on the Hub (LocalEntryNotFoundError)")
+
+
 @pytest.fixture
 def refused(monkeypatch, capsys, tmp_path, request):
     """Run a stage that must be refused: the one line it says, with no run left behind."""
     monkeypatch.chdir(request.config.rootpath)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
 
     def refused(stage, *overrides, config=None):
         run = tmp_path / "runs" / "run"
@@ -243,13 +247,25 @@ def test_a_bad_row_is_told_or_skipped(stage, row, words, refused, tmp_path):
     path = jsonl(tmp_path / "data.jsonl", [row])
     assert refused(stage, f"data.train={path}").startswith(f"{path}, row 1: {words}")
 
-    good = {**GOOD_PAIR, "prompt": [user("Hi")], "completion": [bot("A")]}
-    if set(row) & {"prompt", "completion"} and not {"responses", "response_a", "winner"} & set(row):
-        return  # beside rows of another format it may say something else
     load = {"sft": load_demonstrations, "reward": load_preferences, "ppo": load_prompts}[stage]
-    path = jsonl(tmp_path / "data.jsonl", [good, row, good])
-    examples, _ = load(Data(train=str(path), on_bad_row="skip", eval_fraction=0))
+    with pytest.raises(UserError) as caught:
+        load(Data(train=str(jsonl(path, [row, row])), on_bad_row="skip", eval_fraction=0))
+    assert str(caught.value).startswith(f"{path}: none of its 2 rows fits; the first: row 1: {words}")
+    good = {**GOOD_PAIR, "completion": "A"}
+    examples, _ = load(Data(train=str(jsonl(path, [good, row, good])), on_bad_row="skip", eval_fraction=0))
     assert (examples.reading.rows, examples.reading.skipped) == (3, 1)
+
+
+def test_an_earlier_run_survives_data_that_is_refused(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    run, path = tmp_path / "run", tmp_path / "data.jsonl"
+    arguments = ["sft", "--config", "recipes/sft.yaml", "--tiny", f"run_dir={run}"]
+    assert main(arguments) == 0
+    before = (run / "run.json").read_bytes()
+    path.write_text("not JSON")
+    assert main([*arguments, f"data.train={path}", "--overwrite"]) == 2
+    assert (run / "run.json").read_bytes() == before
+    assert (run / "adapters").is_dir()
 
 
 @pytest.mark.parametrize(("stage", "overrides", "words"), SETTINGS, ids=[settings[0] for _, settings, _ in SETTINGS])

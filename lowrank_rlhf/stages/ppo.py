@@ -33,6 +33,7 @@ from lowrank_rlhf.data import (
 )
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
+from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.kl import kl_per_token
 from lowrank_rlhf.losses import ppo_policy_loss, ppo_value_loss
@@ -112,7 +113,7 @@ class PPO:
         self.backbone = backbone = Backbone(recipe.base)
         self.renderer = Renderer(backbone.tokenizer, recipe.data)
         sizes = Sizes()
-        for e in self.prompts:
+        for e in progress(self.prompts, "tokenising", len(self.prompts)):
             ids, cut = self.renderer.prompt(e.prompt, e.where)
             sizes.add(len(ids), 0, cut)
         self.data_report = data_report("prompts", self.prompts, held_out, self.renderer, sizes)

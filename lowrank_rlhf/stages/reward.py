@@ -10,6 +10,7 @@ from lowrank_rlhf.config import RewardRecipe
 from lowrank_rlhf.data import Example, Renderer, Sequence, Sizes, data_report, load_preferences, pad_batch, print_report
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
+from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.evaluation.intervals import bootstrap_mean
 from lowrank_rlhf.losses import bradley_terry_loss
 from lowrank_rlhf.runs import Run, load_run_role
@@ -57,7 +58,7 @@ def tokenize(examples: SequenceOf[Example], renderer: Renderer) -> list[Pair]:
             renderer.sequence(e.prompt, e.chosen or [], e.where),
             renderer.sequence(e.prompt, e.rejected or [], e.where),
         )
-        for e in examples
+        for e in progress(examples, "tokenising", len(examples))
     ]
 
 

@@ -20,11 +20,13 @@ KEPT_REASONS = 5
 
 @dataclass(frozen=True)
 class Format:
-    """Attributes:
-    columns: what a row must have to be detected as this format.
-    parse: a row as one example: its best answer, where it has several.
-    optional: further columns that `parse` reads.
-    pairs: a row as comparisons, where that is not `parse` itself.
+    """How a format is recognised and read.
+
+    Attributes:
+        columns: what a row must have to be detected as this format.
+        parse: a row as one example: its best answer, where it has several.
+        optional: further columns that `parse` reads.
+        pairs: a row as comparisons, where that is not `parse` itself.
     """
 
     columns: tuple[str, ...]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from lowrank_rlhf import __version__, config
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.loader import as_yaml, load_recipe
 
 T = TypeVar("T")
 
@@ -106,9 +107,9 @@ def _doctor() -> int:
 
 
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:
-    recipe = config.load_recipe(cls, args.config, args.overrides, tiny=args.tiny)
+    recipe = load_recipe(cls, args.config, args.overrides, tiny=args.tiny)
     if args.dry_run:
-        print(config.as_yaml(recipe), end="")
+        print(as_yaml(recipe), end="")
         return 0
     quiet()
     from lowrank_rlhf.runs import RECIPE, Interrupted, Run

@@ -30,8 +30,8 @@ from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.store import load_role, save_role
 from lowrank_rlhf.checkpoints import Checkpoints
 from lowrank_rlhf.config import Run as RunRecipe
-from lowrank_rlhf.config import as_dict, as_yaml
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.loader import as_dict, as_yaml
 from lowrank_rlhf.plots import plot_run
 from lowrank_rlhf.tracking import Trackers, check_installed
 
@@ -50,7 +50,7 @@ class Interrupted(Exception):
 
 
 class Run:
-    """An open run directory.
+    """A run directory, which appears with the first thing a stage writes: its data and recipe are accepted by then.
 
     Args:
         recipe: its `run_dir`, or an unused `runs/STAGE-N`.
@@ -76,26 +76,43 @@ class Run:
         self.opened = time.perf_counter()
         check_installed(recipe.track)
         self.trackers: Trackers | None = None
+        self.overwrite = overwrite
+        self.written = resume
         if resume:
             self._reopen()
             return
-        if self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir())):
-            if not overwrite:
-                raise UserError(
-                    f"run_dir: {self.dir} is not empty; choose another run_dir, or pass --resume or --overwrite"
-                )
-            if not (self.dir / "run.json").is_file():
-                raise UserError(f"run_dir: {self.dir} has no run.json, so it is not deleted; choose another run_dir")
-            shutil.rmtree(self.dir)
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self._check_free()
         self.info: dict[str, Any] = {
             "stage": stage,
-            "recipe": as_dict(dataclasses.replace(recipe, run_dir=str(self.dir))),
+            "recipe": as_dict(recipe),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
             "seed": recipe.seed,
         }
-        write_atomic(self.dir / RECIPE, as_yaml(dataclasses.replace(recipe, run_dir=str(self.dir))))
-        self.record()
+
+    def _check_free(self) -> bool:
+        """Whether an earlier run stands there, which may be deleted."""
+        used = self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir()))
+        if used and not self.overwrite:
+            raise UserError(f"run_dir: {self.dir} is not empty; choose another, or pass --resume or --overwrite")
+        if used and not (self.dir / "run.json").is_file():
+            raise UserError(f"run_dir: {self.dir} has no run.json, so it is not deleted; choose another run_dir")
+        existing = next(path for path in (self.dir, *self.dir.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"run_dir: {self.dir} cannot be made, {existing} is not a folder that can be written")
+        return used
+
+    def _create(self) -> None:
+        # Again, because minutes of reading and loading have passed
+        if self.recipe.run_dir is None:
+            self.dir = unused_run_dir(self.info["stage"])
+            self.checkpoints.folder = self.dir / "checkpoints"
+        if self._check_free():
+            shutil.rmtree(self.dir)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.written = True
+        recipe = dataclasses.replace(self.recipe, run_dir=str(self.dir))
+        self.info["recipe"] = as_dict(recipe)
+        write_atomic(self.dir / RECIPE, as_yaml(recipe))
 
     def _reopen(self) -> None:
         self.info = read_run(self.dir, "--resume")
@@ -165,12 +182,16 @@ class Run:
         self.record(base=dataclasses.asdict(backbone.info), data_hash=data_hash, **facts)
 
     def record(self, **facts: Any) -> None:
-        """Add facts to run.json."""
+        """Add facts to run.json; the first call makes the directory, in the place of the one to overwrite."""
+        if not self.written:
+            self._create()
         self.info.update(facts)
         write_atomic(self.dir / "run.json", json.dumps(self.info, indent=2, ensure_ascii=False) + "\n")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and tell the trackers."""
+        if not self.written:
+            self.record()
         with (self.dir / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.trackers is None:

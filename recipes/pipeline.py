@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 from lowrank_rlhf.cli import parse, quiet, run_safely
-from lowrank_rlhf.config import PPORecipe, RewardRecipe, SFTRecipe, load_recipe
+from lowrank_rlhf.config import PPORecipe, RewardRecipe, SFTRecipe
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.loader import load_recipe
 
 
 def main() -> int:

@@ -12,8 +12,8 @@ import yaml
 
 from lowrank_rlhf import __version__, cli
 from lowrank_rlhf.cli import STAGES, run_safely
-from lowrank_rlhf.config import load_recipe
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.loader import load_recipe
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "import sys; from lowrank_rlhf.cli import main; sys.exit(main())"]

@@ -8,8 +8,9 @@ import pytest
 
 from lowrank_rlhf import config
 from lowrank_rlhf.cli import STAGES
-from lowrank_rlhf.config import PPO, PPORecipe, RewardSource, SFTRecipe, as_yaml, load_recipe, parse_yaml
+from lowrank_rlhf.config import PPO, PPORecipe, RewardSource, SFTRecipe
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.loader import REFUSED_KEYS, as_yaml, load_recipe, parse_yaml
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 CLASSES = [c for _, c in inspect.getmembers(config, dataclasses.is_dataclass) if c.__module__ == config.__name__]
@@ -98,7 +99,7 @@ def test_an_override_replaces_what_the_file_says_and_the_last_one_wins(override,
             "reward_from[0].weigth: unknown key; did you mean reward_from[0].weight?",
         ),
         ("7=1", "7: unknown key; known keys here: run_dir, seed,"),
-        *[(f"{key}=x", f"{key}: refused: {reason}") for key, reason in config.REFUSED_KEYS.items()],
+        *[(f"{key}=x", f"{key}: refused: {reason}") for key, reason in REFUSED_KEYS.items()],
         ("lora.r=8.0", "lora.r: expected a whole number, got number 8.0"),
         ("lora.r=true", "lora.r: expected a whole number, got truth value True"),
         ("lora.alpha=true", "lora.alpha: expected a number, got truth value True"),

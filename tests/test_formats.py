@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_rlhf.config import Data
 from lowrank_rlhf.data import load_demonstrations, load_preferences, load_prompts, read_examples
-from lowrank_rlhf.data.formats import COLUMNS, FORMATS, detect_format
+from lowrank_rlhf.data.formats import FORMATS, detect_format
 from lowrank_rlhf.data.loading import data_hash, is_held_out
 from lowrank_rlhf.errors import UserError
 
@@ -93,9 +93,10 @@ def test_a_format_can_be_forced_and_an_unknown_one_lists_the_known(tmp_path):
     path = write(tmp_path / "data.jsonl", preference("Hi", "A", "B"))
     (example,) = read_examples(path, format="prompt")
     assert (example.chosen, example.columns) == (None, {"chosen": "A", "rejected": "B"})
-    words = "data.format: 'csv' is not known; there are: alpaca, completion, preference, hh, prompt"
-    assert message(read_examples, path, format="csv") == words
-    assert {name: detect_format(dict.fromkeys(COLUMNS[name]), "") for name in FORMATS} == {n: n for n in FORMATS}
+    told = message(read_examples, path, format="csv")
+    assert told.startswith("data.format: 'csv' is not known; there are: sharegpt_preference, preference, ")
+    rows = {name: dict.fromkeys(format.columns, {} if name == "oasst" else "") for name, format in FORMATS.items()}
+    assert {name: detect_format(row, "") for name, row in rows.items()} == {name: name for name in FORMATS}
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "data.json.gz", "data.jsonl.gz"])
@@ -130,7 +131,7 @@ GOOD = {"prompt": "Hi", "completion": "A"}
         ({**GOOD, "prompt": {"a": 1}}, "column 'prompt': expected text, got dict"),
         ({**GOOD, "prompt": " \n"}, "column 'prompt' is empty"),
         ({**GOOD, "completion": ""}, "column 'completion' is empty"),
-        ({**GOOD, "prompt": []}, "column 'prompt' is an empty list of messages"),
+        ({**GOOD, "prompt": []}, "column 'prompt' is an empty list"),
         ({**GOOD, "prompt": [*HI, {"role": "tool", "content": "x"}]}, "column 'prompt', message 2: expected {'role'"),
         ({**GOOD, "prompt": [{"role": "user"}]}, "column 'prompt', message 1: expected {'role': one of system"),
         ({**GOOD, "completion": ["Hi"]}, "column 'completion', message 1: expected {'role': one of"),
@@ -146,7 +147,7 @@ def test_a_row_that_does_not_fit_is_told_by_file_row_and_column(name, row, words
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"question": "Hi"}, "columns ['question'] fit no known format (alpaca: instruction/output; completion:"),
+        ({"question": "Hi"}, "columns ['question'] fit no known format (sharegpt_preference: conversations/chosen/"),
         ({"instruction": "", "output": "b"}, "column 'instruction' is empty"),
         ({"instruction": "a", "output": " "}, "column 'output' is empty"),
         ({"instruction": "a", "input": 5, "output": "b"}, "column 'input': expected text, got int"),
@@ -173,9 +174,9 @@ def test_a_first_row_that_does_not_fit_is_told_too(row, words, tmp_path):
         ("data.json", b'{"prompt": "a"}', ": a .json file must hold a list of rows; one row a line is .jsonl"),
         ("data.json", b"[]", ": the file has no rows"),
         ("data.jsonl", b"\n", ": the file has no rows"),
-        ("data.csv", b"prompt\na\n", ": expected a .json or .jsonl file"),
-        ("data.gz", b"", ": expected a .json or .jsonl file"),
-        ("data.jsonl", b'{"prompt": "caf\xe9"}\n', ": cannot be read: 'utf-8' codec"),
+        ("data.gz", b"", ": expected a file ending in .json, .jsonl, .csv, "),
+        ("data.parquet.gz", b"", ": expected a file ending in .json, .jsonl, .csv, "),
+        ("data.jsonl", b'{"prompt": "caf\xe9"}\n', ", row 1: not UTF-8 (invalid continuation byte at byte 16)"),
         ("data.jsonl.gz", b'{"prompt": "a"}\n', ": cannot be read: Not a gzipped file"),
         ("data.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n')[:-9], ": cannot be read: Compressed file ended"),
         ("data.json.gz", gzip.compress(b'[{"prompt": "a"}]')[:-9], ": cannot be read: Compressed file ended"),

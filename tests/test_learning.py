@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_rlhf.config import PPORecipe, load_recipe
+from lowrank_rlhf.config import PPORecipe
+from lowrank_rlhf.loader import load_recipe
 from lowrank_rlhf.stages.ppo import PPO
 from tests.reward_functions import ASKED_TOKENS
 

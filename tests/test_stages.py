@@ -13,7 +13,8 @@ from lowrank_rlhf import config
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.cli import STAGES
 from lowrank_rlhf.cli import main as cli_main
-from lowrank_rlhf.config import PPORecipe, load_recipe
+from lowrank_rlhf.config import PPORecipe
+from lowrank_rlhf.loader import load_recipe
 from lowrank_rlhf.runs import Run
 from lowrank_rlhf.stages import ppo as ppo_stage
 from lowrank_rlhf.stages.ppo import PPO

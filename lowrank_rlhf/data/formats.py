@@ -1,228 +1,172 @@
-"""Rows of the common file formats into one shape: a prompt and, where the row has them, its answers.
+"""Which format a row has, by its columns, and a source's rows as examples, bad rows told or skipped."""
 
-Detected from the columns: Alpaca (`instruction`/`input`/`output`), `prompt`/`completion`, `prompt`/`chosen`/`rejected`
-(strings or messages), HH-RLHF (`chosen`/`rejected` dialogues whose common start is the prompt), and `prompt` alone.
-"""
-
-import gzip
+import difflib
 import itertools
-import json
-import re
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowrank_rlhf.config import Data
+from lowrank_rlhf.data import demonstrations as d
+from lowrank_rlhf.data import preferences as p
+from lowrank_rlhf.data.examples import Example, Reading
+from lowrank_rlhf.data.fields import Row, short
+from lowrank_rlhf.data.files import read_rows
 from lowrank_rlhf.errors import UserError
 
-Messages = list[dict[str, str]]
-
-ROLES = ("system", "user", "assistant")
+KEPT_REASONS = 5
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row. `chosen` is the demonstration of a demonstration row; the turns that answer the prompt.
+class Format:
+    """How a format is recognised and read.
 
-    `where` names file and row for error messages; `columns` holds the row's other columns, for reward functions.
+    Attributes:
+        columns: what a row must have to be detected as this format.
+        parse: a row as one example: its best answer, where it has several.
+        optional: further columns that `parse` reads.
+        pairs: a row as comparisons, where that is not `parse` itself.
     """
 
-    where: str
-    prompt: Messages
-    chosen: Messages | None = None
-    rejected: Messages | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def prompt_key(self) -> str:
-        """Two rows with the same key have the same prompt: they never stand on both sides of a split."""
-        return json.dumps(self.prompt, ensure_ascii=False, sort_keys=True)
+    columns: tuple[str, ...]
+    parse: Callable[[Row, str], Example]
+    optional: tuple[str, ...] = ()
+    pairs: Callable[[Row, str], list[Example]] | None = None
 
 
-def read_examples(path: str | Path, format: str | None = None, max_rows: int | None = None) -> list[Example]:
-    """Every row of a file, parsed.
+# The first whose columns a row has is its format, so the ones that need most stand first.
+FORMATS: dict[str, Format] = {
+    "sharegpt_preference": Format(
+        ("conversations", "chosen", "rejected"), p.from_sharegpt_preference, ("system", "margin")
+    ),
+    "preference": Format(("prompt", "chosen", "rejected"), p.from_preference, ("margin",)),
+    "winner_loser": Format(("prompt", "winner", "loser"), p.from_winner_loser, ("margin",)),
+    "labelled_pair": Format(
+        ("prompt", "response_a", "response_b", "preferred_response"), p.from_labelled_pair, ("margin",)
+    ),
+    "ranking": Format(("prompt", "responses", "ranking"), p.best_of_ranked, pairs=p.ranked_pairs),
+    "hh": Format(("chosen", "rejected"), p.from_hh, ("margin",)),
+    "oasst": Format(("prompt",), d.from_oasst, pairs=p.oasst_pairs),
+    "messages": Format(("messages",), d.from_messages),
+    "sharegpt": Format(("conversations",), d.from_sharegpt, ("system",)),
+    "flan": Format(("inputs", "targets"), d.from_flan),
+    "alpaca": Format(("instruction", "output"), d.from_alpaca, ("input", "context")),
+    "instruction": Format(("instruction", "response"), d.from_instruction, ("input", "context")),
+    "completion": Format(("prompt", "completion"), d.from_completion),
+    "prompt": Format(("prompt",), d.from_prompt),
+}
+KNOWN_COLUMNS = sorted({c for f in FORMATS.values() for c in (*f.columns, *f.optional)} | {"answer"})
 
-    Args:
-        path: `.json` (a list) or `.jsonl`, also with `.gz`.
-        format: a name in `FORMATS`; None detects it from the first row's columns.
-        max_rows: read no further than this many rows.
+
+def detect_format(row: Row, where: str) -> str:
+    """The format of a row by its columns.
 
     Raises:
-        UserError: the file, or the first row that does not fit, with what was expected.
-    """
-    examples: list[Example] = []
-    parse: Callable[[dict[str, Any], str], Example] | None = None
-    for where, row in itertools.islice(_rows(Path(path)), max_rows):
-        if parse is None:
-            parse = FORMATS[format or detect_format(row, where)] if format in (None, *FORMATS) else None
-            if parse is None:
-                raise UserError(f"data.format: {format!r} is not known; there are: {', '.join(FORMATS)}")
-        examples.append(parse(row, where))
-    if not examples:
-        raise UserError(f"{path}: the file has no rows")
-    return examples
-
-
-def detect_format(row: dict[str, Any], where: str) -> str:
-    """The format of a row by its columns.
+        UserError: there is none.
 
     >>> detect_format({"instruction": "Say hi.", "input": "", "output": "Hi."}, "demo")
     'alpaca'
     """
-    columns = set(row)
-    for name, needed in COLUMNS.items():
-        if needed <= columns:
+    for name, format in FORMATS.items():
+        # Only an OASST row's prompt is a tree
+        if set(format.columns) <= set(row) and (name != "oasst" or isinstance(row["prompt"], dict)):
             return name
-    known = "; ".join(f"{name}: {'/'.join(sorted(needed))}" for name, needed in COLUMNS.items())
-    raise UserError(f"{where}: columns {sorted(columns)} fit no known format ({known}); rename them")
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
-    if suffix not in ("json", "jsonl"):
-        raise UserError(f"{path}: expected a .json or .jsonl file (or one with .gz)")
-    try:
-        if suffix == "json":
-            with _open(path) as file:
-                rows = json.load(file)
-            if not isinstance(rows, list):
-                raise UserError(f"{path}: a .json file must hold a list of rows; one row a line is .jsonl")
-            yield from ((f"{path}, row {i}", _mapping(row, f"{path}, row {i}")) for i, row in enumerate(rows, start=1))
-            return
-        with _open(path) as file:
-            for i, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}, row {i}", _mapping(_json_line(line, f"{path}, row {i}"), f"{path}, row {i}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _open(path: Path) -> Any:
-    # -sig: some editors put a byte-order mark in front
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
-
-
-def _json_line(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-
-
-def _mapping(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with named columns, got {type(row).__name__}")
-    return row
-
-
-def _text(row: dict[str, Any], column: str, where: str, *, empty: bool = False) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        got = "nothing" if value is None else type(value).__name__
-        raise UserError(f"{where}: column {column!r}: expected text, got {got}")
-    if not empty and not value.strip():
-        raise UserError(f"{where}: column {column!r} is empty")
-    return value
-
-
-def _messages(row: dict[str, Any], column: str, where: str, role: str, *, empty: bool = False) -> Messages:
-    """A column that is either plain text, said by `role`, or a list of chat messages."""
-    value = row.get(column)
-    if not isinstance(value, list):
-        return [{"role": role, "content": _text(row, column, where, empty=empty)}]
-    for i, message in enumerate(value):
-        fits = isinstance(message, dict) and message.get("role") in ROLES and isinstance(message.get("content"), str)
-        if not fits:
-            raise UserError(
-                f"{where}: column {column!r}, message {i + 1}: expected {{'role': one of {', '.join(ROLES)}, "
-                f"'content': text}}, got {message!r:.80}"
-            )
-    if not value:
-        raise UserError(f"{where}: column {column!r} is an empty list of messages")
-    if role == "user" and not value[-1]["content"].strip():
-        raise UserError(f"{where}: column {column!r} is empty: its last message says nothing")
-    if role == "assistant" and value[-1]["role"] != "assistant":
-        raise UserError(f"{where}: column {column!r}: expected an answer that ends with the assistant's message")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _others(row: dict[str, Any], *used: str) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in used}
-
-
-def _alpaca(row: dict[str, Any], where: str) -> Example:
-    instruction = _text(row, "instruction", where)
-    context = _text(row, "input", where, empty=True) if row.get("input") is not None else ""
-    prompt = f"{instruction}\n\n{context}" if context.strip() else instruction
-    answer = _messages(row, "output", where, "assistant")
-    columns = _others(row, "instruction", "input", "output")
-    return Example(where, [{"role": "user", "content": prompt}], answer, columns=columns)
-
-
-def _completion(row: dict[str, Any], where: str) -> Example:
-    prompt = _messages(row, "prompt", where, "user")
-    return Example(
-        where, prompt, _messages(row, "completion", where, "assistant"), columns=_others(row, "prompt", "completion")
+    known = "; ".join(f"{name}: {'/'.join(format.columns)}" for name, format in FORMATS.items())
+    raise UserError(
+        f"{where}: columns {short(sorted(map(str, row)))} fit no known format ({known}); name them with data.columns"
     )
 
 
-def _preference(row: dict[str, Any], where: str) -> Example:
-    prompt = _messages(row, "prompt", where, "user")
-    chosen = _answer(_messages(row, "chosen", where, "assistant", empty=True), prompt)
-    rejected = _answer(_messages(row, "rejected", where, "assistant", empty=True), prompt)
-    return Example(where, prompt, chosen, rejected, _others(row, "prompt", "chosen", "rejected"))
+def read_examples(path: str | Path, format: str | None = None, max_rows: int | None = None) -> list[Example]:
+    """Every row of a source, parsed; a ranked row is its best answer.
+
+    Raises:
+        UserError: the source, or the first row that does not fit, with what was expected.
+    """
+    data = Data(train=str(path), format=format, max_rows=max_rows)
+    return list(stream_examples(data, Reading(data.train)))
 
 
-def _answer(messages: Messages, prompt: Messages) -> Messages:
-    """Message-form rows often repeat the prompt in front of the answer."""
-    return messages[len(prompt) :] if messages[: len(prompt)] == prompt else messages
+def stream_examples(
+    data: Data,
+    reading: Reading,
+    *,
+    pairs: bool = False,
+    check: Callable[[Example], None] = lambda example: None,
+    watch: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
+) -> Iterator[Example]:
+    """Examples of the source `reading` names, one row in memory at a time; counts into `reading`.
+
+    Args:
+        data: the recipe's data group; its train and eval keys are not looked at.
+        reading: what was read so far, kept up to date.
+        pairs: comparisons rather than the best answer of each row.
+        check: raises UserError for an example the stage cannot use.
+        watch: wraps the rows, for a progress bar.
+
+    Raises:
+        UserError: a row that does not fit, unless `data.on_bad_row` is skip; or none fits; or the source is bad.
+    """
+    check_settings(data)
+    for where, row in watch(itertools.islice(read_rows(reading.source), data.max_rows)):
+        reading.rows += 1
+        try:
+            if isinstance(row, UserError):
+                raise row
+            examples = _examples(data, reading, row, where, pairs)
+            for example in examples:
+                check(example)
+        except UserError as error:
+            if data.on_bad_row == "error":
+                raise
+            reading.skipped += 1
+            if len(reading.reasons) < KEPT_REASONS:
+                reading.reasons.append(str(error).removeprefix(f"{reading.source}, "))
+            continue
+        yield from examples
+    if reading.rows == 0:
+        raise UserError(f"{reading.source}: the file has no rows")
+    if reading.skipped == reading.rows:
+        raise UserError(f"{reading.source}: none of its {reading.rows} rows fits; the first: {reading.reasons[0]}")
 
 
-def _hh(row: dict[str, Any], where: str) -> Example:
-    chosen = _dialogue(_text(row, "chosen", where), "chosen", where)
-    rejected = _dialogue(_text(row, "rejected", where), "rejected", where)
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
-        shared += 1
-    # The prompt ends with the human's turn; where the two answers are equal, the last answer is what is compared.
-    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
-    while shared > 0 and chosen[shared - 1]["role"] != "user":
-        shared -= 1
-    if shared == 0:
-        raise UserError(f"{where}: the chosen and rejected dialogues do not begin with the same human turn")
-    return Example(where, chosen[:shared], chosen[shared:], rejected[shared:], _others(row, "chosen", "rejected"))
+def _examples(data: Data, reading: Reading, row: Row, where: str, pairs: bool) -> list[Example]:
+    renamed = _rename(row, data.columns, where)
+    if not reading.format:
+        reading.format = data.format or detect_format(renamed, where)
+        reading.columns = [str(name) for name in renamed]
+    format = FORMATS[reading.format]
+    several = format.pairs if pairs else None
+    examples = several(renamed, where) if several is not None else [format.parse(renamed, where)]
+    # A reward function finds a renamed column under its own name too
+    originals = {theirs: row[theirs] for theirs in data.columns.values()}
+    return [replace(e, columns={**originals, **e.columns}) for e in examples] if originals else examples
 
 
-def _dialogue(text: str, column: str, where: str) -> Messages:
-    """'\\n\\nHuman: … \\n\\nAssistant: …' into messages."""
-    lead, *parts = re.split(r"\n\n(Human|Assistant):", text)
-    if lead.strip() or not parts:
-        raise UserError(
-            f"{where}: column {column!r}: expected an HH-RLHF dialogue ('\\n\\nHuman: …\\n\\nAssistant: …'); "
-            "plain answers need a 'prompt' column beside them"
-        )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+def _rename(row: Row, columns: dict[str, str], where: str) -> Row:
+    if not columns:
+        return row
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            raise UserError(
+                f"{where}: there is no column {theirs!r}, which data.columns.{ours} names; "
+                f"its columns: {short(sorted(map(str, row)))}"
+            )
+    kept = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
-def _prompt(row: dict[str, Any], where: str) -> Example:
-    return Example(where, _messages(row, "prompt", where, "user"), columns=_others(row, "prompt"))
+def check_settings(data: Data) -> None:
+    """Refuse a format or a column that does not exist.
 
-
-FORMATS: dict[str, Callable[[dict[str, Any], str], Example]] = {
-    "alpaca": _alpaca,
-    "completion": _completion,
-    "preference": _preference,
-    "hh": _hh,
-    "prompt": _prompt,
-}
-COLUMNS = {
-    "alpaca": {"instruction", "output"},
-    "completion": {"prompt", "completion"},
-    "preference": {"prompt", "chosen", "rejected"},
-    "hh": {"chosen", "rejected"},
-    "prompt": {"prompt"},
-}
+    Raises:
+        UserError: it names the key.
+    """
+    if data.format is not None and data.format not in FORMATS:
+        raise UserError(f"data.format: {data.format!r} is not known; there are: {', '.join(FORMATS)}")
+    for ours in data.columns:
+        if ours not in KNOWN_COLUMNS:
+            close = difflib.get_close_matches(ours, KNOWN_COLUMNS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(KNOWN_COLUMNS)}"
+            raise UserError(f"data.columns.{ours}: no format has this column; {hint} (write ours: theirs)")

@@ -1,45 +1,53 @@
 """A recipe's data group into the examples of a stage, split by prompt."""
 
 import hashlib
-from pathlib import Path
+from collections.abc import Callable
 
 from lowrank_rlhf.config import Data
-from lowrank_rlhf.data.formats import Example, read_examples
+from lowrank_rlhf.data.examples import Example, Examples, Reading
+from lowrank_rlhf.data.files import source_hash
+from lowrank_rlhf.data.formats import stream_examples
+from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.errors import UserError
 
+Split = tuple[Examples, Examples]
 
-def load_demonstrations(data: Data) -> tuple[list[Example], list[Example]]:
-    """Train and eval examples with an answer: demonstrations, or the chosen side of preferences.
+
+def load_demonstrations(data: Data) -> Split:
+    """Train and eval examples with an answer: demonstrations, or the best answer of preferences.
 
     Raises:
-        UserError: a row does not fit or has no answer.
+        UserError: a row does not fit, or a turn that would be learned is missing or empty.
     """
-    train, held_out = _load(data)
-    for example in train + held_out:
-        if example.chosen is None or not any(m["content"].strip() for m in example.chosen):
+
+    def check(example: Example) -> None:
+        turns = [*example.prompt, *(example.chosen or [])] if data.loss_on == "all" else (example.chosen or [])[-1:]
+        if not example.chosen or not all(m["content"].strip() for m in turns if m["role"] == "assistant"):
             raise UserError(f"{example.where}: a demonstration needs an answer that is not empty")
-    return train, held_out
+
+    return _load(data, check)
 
 
-def load_preferences(data: Data) -> tuple[list[Example], list[Example]]:
-    """Train and eval examples with a chosen and a rejected answer, which differ.
+def load_preferences(data: Data) -> Split:
+    """Train and eval examples with a chosen and a rejected answer, which differ; ranked rows as all their pairs.
 
     Raises:
         UserError: a row does not fit, or its two answers are the same.
     """
-    train, held_out = _load(data)
-    for example in train + held_out:
+
+    def check(example: Example) -> None:
         if example.chosen is None or example.rejected is None:
             raise UserError(f"{example.where}: a preference needs a chosen and a rejected answer")
         if example.chosen == example.rejected:
             raise UserError(f"{example.where}: the chosen and the rejected answer are the same")
-    return train, held_out
+
+    return _load(data, check, pairs=True)
 
 
-def load_prompts(data: Data) -> tuple[list[Example], list[Example]]:
+def load_prompts(data: Data) -> Split:
     """Train and eval prompts, each once; answers, where the rows have any, are ignored."""
-    train, held_out = _load(data)
-    return list({e.prompt_key: e for e in train}.values()), list({e.prompt_key: e for e in held_out}.values())
+    train, held_out = _load(data, lambda example: None)
+    return _distinct(train), _distinct(held_out)
 
 
 def is_held_out(prompt_key: str, fraction: float) -> bool:
@@ -47,27 +55,45 @@ def is_held_out(prompt_key: str, fraction: float) -> bool:
 
     So every stage of a pipeline, whatever its seed, holds out the same prompts.
     """
-    digest = hashlib.sha256(prompt_key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+    return int.from_bytes(_digest(prompt_key), "big") / 2**64 < fraction
 
 
 def data_hash(data: Data) -> str:
-    """SHA-256 of the files a recipe names, shortened."""
-    digest = hashlib.sha256()
-    for path in filter(None, (data.train, data.eval)):
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()[:16]
+    """SHA-256 of the sources a recipe names, shortened."""
+    hashes = [source_hash(source) for source in (data.train, data.eval) if source is not None]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
 
 
-def _load(data: Data) -> tuple[list[Example], list[Example]]:
-    examples = read_examples(data.train, data.format, data.max_rows)
+def _digest(prompt_key: str) -> bytes:
+    return hashlib.sha256(prompt_key.encode("utf-8", "surrogatepass")).digest()[:8]
+
+
+def _distinct(examples: Examples) -> Examples:
+    seen: dict[bytes, int] = {}
+    for i, example in enumerate(examples):
+        seen.setdefault(_digest(example.prompt_key), i)
+    return examples.subset(seen.values())
+
+
+def _read(source: str, data: Data, check: Callable[[Example], None], pairs: bool) -> Examples:
+    reading = Reading(source)
+    return Examples(
+        stream_examples(
+            data, reading, pairs=pairs, check=check, watch=lambda rows: progress(rows, f"reading {source}")
+        ),
+        reading,
+    )
+
+
+def _load(data: Data, check: Callable[[Example], None], *, pairs: bool = False) -> Split:
+    examples = _read(data.train, data, check, pairs)
     if data.eval is not None:
-        return examples, read_examples(data.eval, data.format, data.max_rows)
-    held_out = [e for e in examples if is_held_out(e.prompt_key, data.eval_fraction)]
-    train = [e for e in examples if not is_held_out(e.prompt_key, data.eval_fraction)]
-    if not train or (not held_out and data.eval_fraction > 0):
+        return examples, _read(data.eval, data, check, pairs)
+    held_out = [is_held_out(e.prompt_key, data.eval_fraction) for e in examples]
+    split = [examples.subset(i for i, held in enumerate(held_out) if held == side) for side in (False, True)]
+    if not split[0] or (not split[1] and data.eval_fraction > 0):
         raise UserError(
-            f"{data.train}: {len(examples)} rows leave {len(train)} for training and {len(held_out)} for evaluation; "
-            "give more rows, another data.eval_fraction, or a data.eval file"
+            f"{data.train}: {len(examples)} rows leave {len(split[0])} for training and {len(split[1])} for "
+            "evaluation; give more rows, another data.eval_fraction, or a data.eval file"
         )
-    return train, held_out
+    return split[0], split[1]

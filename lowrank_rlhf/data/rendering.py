@@ -2,6 +2,9 @@
 
 A text is always prompt ids followed by completion ids, and a whole completion ends *at* its end-of-turn token: chat
 templates write a newline after it, but a rollout stops there, and both must be scored on the same tokens.
+
+Where an answer begins and ends is found by rendering the dialogue up to it and up to its end, and each rendering must
+begin with the one before. So templates need no `{% generation %}` marks, and one that rewrites earlier turns is told.
 """
 
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_rlhf.config import Data
-from lowrank_rlhf.data.formats import Messages
+from lowrank_rlhf.data.examples import Messages
 from lowrank_rlhf.errors import UserError
 
 
@@ -25,6 +28,15 @@ class Sequence:
     @property
     def ids(self) -> list[int]:
         return self.prompt_ids + self.completion_ids
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """Token ids of a dialogue and which of them are learned. `cut`: a limit cut the prompt or the last answer."""
+
+    input_ids: list[int]
+    completion_mask: list[bool]
+    cut: bool = False
 
 
 class Renderer:
@@ -45,43 +57,96 @@ class Renderer:
 
     def prompt(self, messages: Messages, where: str = "") -> tuple[list[int], bool]:
         """Ids of the prompt up to where the answer begins, keeping its end, and whether a limit cut it."""
-        ids = self._encode(self._prompt_text(messages, where))
+        ids = self._encode(self._template(messages, where, add_generation_prompt=True))
         limit = self.data.max_prompt_tokens
         return ids[-limit:], len(ids) > limit
 
     def sequence(self, prompt: Messages, answer: Messages, where: str = "") -> Sequence:
         """Ids of a prompt and its answer; a completion cut by the limit has no end-of-turn token."""
         prompt_ids, prompt_cut = self.prompt(prompt, where)
-        ids = self._encode(self._answer_text(prompt, answer, where))
+        ids = self._encode(self._turn(prompt + answer, where, start=len(prompt))[1])
         limit = self.data.max_completion_tokens
         return Sequence(prompt_ids, ids[:limit], prompt_cut or len(ids) > limit)
+
+    def demonstration(self, prompt: Messages, answer: Messages, where: str = "") -> Demonstration:
+        """Ids of a dialogue; learned are its last answer or, with `data.loss_on: all`, every assistant's turn.
+
+        Each learned turn includes its end-of-turn token, and the text ends at the last one. `max_prompt_tokens`
+        counts everything before the last answer, and keeps its end.
+
+        Raises:
+            UserError: the template refuses the dialogue or renders a turn differently once the dialogue goes on.
+        """
+        messages = prompt + answer
+        # A greeting that opens the dialogue answers nothing, and templates refuse to render what stands before it
+        turns = [i for i, message in enumerate(messages) if i > 0 and message["role"] == "assistant"]
+        learned = turns if self.data.loss_on == "all" else turns[-1:]
+        ids: list[int] = []
+        mask: list[bool] = []
+        done, start = "", 0
+        for i in learned:
+            before, text = self._turn(messages[: i + 1], where)
+            if not before.startswith(done):
+                raise UserError(
+                    f"{where}: the chat template renders the messages before number {i + 1} differently once the "
+                    "dialogue goes on, so learned tokens cannot be told apart; use data.loss_on: last"
+                )
+            between = self._encode(before[len(done) :])
+            start = len(ids) + len(between)
+            said = self._encode(text)
+            ids += between + said
+            mask += [False] * len(between) + [True] * len(said)
+            done = before + text
+        first = max(0, start - self.data.max_prompt_tokens)
+        last = start + self.data.max_completion_tokens
+        return Demonstration(ids[first:last], mask[first:last], cut=first > 0 or last < len(ids))
 
     def decode(self, ids: list[int]) -> str:
         """The plain text of a completion, without its end-of-turn token."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
+    def text(self, ids: list[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
     def _encode(self, text: str) -> list[int]:
         # The template writes the special tokens itself; adding the tokenizer's own would double the first
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _prompt_text(self, messages: Messages, where: str) -> str:
-        if self.tokenizer.chat_template is None:
-            bos = self.tokenizer.bos_token or ""
-            return bos + self.data.prompt_template.replace("{prompt}", "\n\n".join(m["content"] for m in messages))
-        return self._template(messages, where, add_generation_prompt=True)
-
-    def _answer_text(self, prompt: Messages, answer: Messages, where: str) -> str:
-        if self.tokenizer.chat_template is None:
-            return "\n\n".join(m["content"] for m in answer) + self.end_of_turn
-        before, whole = self._prompt_text(prompt, where), self._template(prompt + answer, where)
+    def _turn(self, messages: Messages, where: str, start: int = -1) -> tuple[str, str]:
+        """The text before the answer `messages[start:]`, and the answer's up to its last end-of-turn token."""
+        before, whole = (
+            self._template(messages[:start], where, add_generation_prompt=True),
+            self._template(messages, where),
+        )
         if not whole.startswith(before):
             raise UserError(f"{where}: the chat template renders the prompt differently once it is answered")
         text = whole[len(before) :]
-        return text[: text.rindex(self.end_of_turn) + len(self.end_of_turn)]
+        end = text.rfind(self.end_of_turn)
+        if end < 0:
+            raise UserError(f"{where}: the chat template does not end this answer with {self.end_of_turn}")
+        return before, text[: end + len(self.end_of_turn)]
+
+    def _plain(self, messages: Messages) -> str:
+        """What a base without a chat template reads: each question in `data.prompt_template`, each answer with eos."""
+        text = str(self.tokenizer.bos_token or "")
+        asked: list[str] = []
+        for message in messages:
+            if message["role"] == "assistant":
+                text += self._question(asked) + message["content"] + self.end_of_turn
+                asked = []
+            else:
+                asked.append(message["content"])
+        return text + self._question(asked)
+
+    def _question(self, asked: list[str]) -> str:
+        return self.data.prompt_template.replace("{prompt}", "\n\n".join(asked)) if asked else ""
 
     def _template(self, messages: Messages, where: str, **options: Any) -> str:
         import jinja2
 
+        if self.tokenizer.chat_template is None:
+            return self._plain(messages)
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
         except jinja2.TemplateError as error:

@@ -22,6 +22,9 @@ from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.data import Batch, Example, Renderer, Sequence, load_prompts, pad_batch
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
+from lowrank_rlhf.data.progress import progress
+from lowrank_rlhf.data.report import data_report, print_report
+from lowrank_rlhf.data.tokenized import Sizes
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.kl import kl_per_token
 from lowrank_rlhf.losses import ppo_policy_loss, ppo_value_loss
@@ -41,11 +44,10 @@ def train(recipe: PPORecipe, run: Run) -> None:
         ppo.backbone,
         data_hash(recipe.data),
         reference=ppo.backbone.reference_role or "base",
-        rows={"prompts": len(ppo.prompts)},
+        data_report=ppo.data_report,
     )
-    print(
-        f"ppo: {len(ppo.prompts)} prompts, reference: {ppo.backbone.reference_role or 'base, adapters off'}", flush=True
-    )
+    print_report(ppo.data_report)
+    print(f"ppo: reference: {ppo.backbone.reference_role or 'base, adapters off'}", flush=True)
     metrics: Metrics = {}
     done = ppo.load(run.checkpoint) if run.checkpoint else 0
     progress = Progress("ppo", recipe.train.max_steps, done)
@@ -80,10 +82,15 @@ class PPO:
                 f"({recipe.ppo.minibatches}) times a multiple of train.micro_batch_size "
                 f"({recipe.train.micro_batch_size})"
             )
-        self.prompts, _ = load_prompts(recipe.data)
+        self.prompts, held_out = load_prompts(recipe.data)
         torch.manual_seed(recipe.seed)
         self.backbone = backbone = Backbone(recipe.base)
         self.renderer = Renderer(backbone.tokenizer, recipe.data)
+        sizes = Sizes()
+        for e in progress(self.prompts, "tokenising", len(self.prompts)):
+            ids, cut = self.renderer.prompt(e.prompt, e.where)
+            sizes.add(len(ids), 0, cut)
+        self.data_report = data_report("prompts", self.prompts, held_out, self.renderer, sizes)
         start_policy(recipe, backbone)
         self.reward = load_rewards(recipe, backbone, self.renderer)
         start_value(recipe, backbone)
@@ -225,12 +232,8 @@ class PPO:
 
     def current_logps(self, batch: Batch) -> Tensor:
         """Log-probs (b, C) of the role that is on, with gradient where it learns."""
-        logps, _ = self.backbone.token_logps(
-            batch.input_ids,
-            batch.attention_mask,
-            batch.completion_mask,
-            temperature=self.recipe.rollout.temperature,
-        )
+        where = (batch.input_ids, batch.attention_mask, batch.completion_mask)
+        logps, _ = self.backbone.token_logps(*where, temperature=self.recipe.rollout.temperature)
         return align(logps, batch.completion_mask)
 
     # Going on

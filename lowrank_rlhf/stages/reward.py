@@ -7,9 +7,10 @@ import torch
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.checkpoints import load_state, save_state
 from lowrank_rlhf.config import RewardRecipe
-from lowrank_rlhf.data import Example, Renderer, Sequence, load_preferences, pad_batch
+from lowrank_rlhf.data import Example, Renderer, Sequence, Sizes, data_report, load_preferences, pad_batch, print_report
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
+from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.evaluation.intervals import bootstrap_mean
 from lowrank_rlhf.losses import bradley_terry_loss
 from lowrank_rlhf.progress import Progress
@@ -37,9 +38,10 @@ def train(recipe: RewardRecipe, run: Run) -> None:
         backbone.enable_gradient_checkpointing()
     renderer = Renderer(backbone.tokenizer, recipe.data)
     pairs, eval_pairs = tokenize(train_examples, renderer), tokenize(eval_examples, renderer)
-    cut = sum(s.cut for pair in pairs + eval_pairs for s in pair)
-    print(f"reward: {len(pairs)} pairs, {len(eval_pairs)} held out, {cut} answers cut to the limits", flush=True)
-    run.start(backbone, data_hash(recipe.data), rows={"train": len(pairs), "eval": len(eval_pairs), "cut": cut})
+    sizes = Sizes.of(sequence for pair in pairs for sequence in pair)
+    report = data_report("preferences", train_examples, eval_examples, renderer, sizes)
+    print_report(report)
+    run.start(backbone, data_hash(recipe.data), data_report=report)
 
     prompts = [e.prompt_key for e in eval_examples]
     if run.checkpoint is None:
@@ -60,7 +62,7 @@ def tokenize(examples: SequenceOf[Example], renderer: Renderer) -> list[Pair]:
             renderer.sequence(e.prompt, e.chosen or [], e.where),
             renderer.sequence(e.prompt, e.rejected or [], e.where),
         )
-        for e in examples
+        for e in progress(examples, "tokenising", len(examples))
     ]
 
 

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Rollout, SFTRecipe
-from lowrank_rlhf.data import Example, Renderer, load_demonstrations
+from lowrank_rlhf.data import Example, Renderer, data_report, load_demonstrations, print_report, tokenize_demonstrations
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.progress import Progress
@@ -36,13 +36,11 @@ def train(recipe: SFTRecipe, run: Run) -> None:
     if recipe.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     renderer = Renderer(backbone.tokenizer, recipe.data)
-    train_set, cut = tokenize(train_examples, renderer)
-    eval_set, eval_cut = tokenize(eval_examples, renderer)
-    print(
-        f"sft: {len(train_set)} demonstrations, {len(eval_set)} held out, {cut + eval_cut} cut to the limits",
-        flush=True,
-    )
-    run.start(backbone, data_hash(recipe.data), rows={"train": len(train_set), "eval": len(eval_set), "cut": cut})
+    train_set, sizes = tokenize_demonstrations(train_examples, renderer)
+    eval_set, _ = tokenize_demonstrations(eval_examples, renderer)
+    report = data_report("demonstrations", train_examples, eval_examples, renderer, sizes)
+    print_report(report)
+    run.start(backbone, data_hash(recipe.data), data_report=report)
 
     with backbone.use(ROLE, train=True):
         trainer = build_trainer(recipe, backbone, run, train_set, eval_set)
@@ -78,16 +76,6 @@ def write_samples(
         lines += [f"- {name}: {renderer.decode(answers[name][i].completion_ids).strip()}" for name in answers]
         lines.append("")
     write_atomic(path, "\n".join(lines))
-
-
-def tokenize(examples: Sequence[Example], renderer: Renderer) -> tuple[datasets.Dataset, int]:
-    """`input_ids` and `completion_mask` columns, and how many rows a limit cut."""
-    sequences = [renderer.sequence(e.prompt, e.chosen or [], e.where) for e in examples]
-    rows = {
-        "input_ids": [s.ids for s in sequences],
-        "completion_mask": [[0] * len(s.prompt_ids) + [1] * len(s.completion_ids) for s in sequences],
-    }
-    return datasets.Dataset.from_dict(rows), sum(s.cut for s in sequences)
 
 
 def build_trainer(

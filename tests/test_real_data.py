@@ -4,6 +4,7 @@ Minutes rather than seconds, so only `pytest -m slow` runs it; it reads the file
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_reward_model_on_hh_trains_and_prints_its_accuracy(runs, capsys):
     rows = stage("reward", runs / "reward", *HH, "train.epochs=1", "train.micro_batch_size=2")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert abs(rows[0]["eval_loss"] - 0.6931) < 1e-3, "a zero head gives log 2"
-    assert sum(losses[-10:]) < sum(losses[:10])
+    assert sum(losses[-20:]) / 20 < math.log(2), "of pairs that were not trained on before: one epoch"
     printed = capsys.readouterr().out
     accuracy, low, high = map(float, re.search(r"^accuracy (0\.\d+) \[(0\.\d+), (0\.\d+)\]$", printed, re.M).groups())
     assert low <= accuracy <= high

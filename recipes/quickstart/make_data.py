@@ -19,6 +19,7 @@ from recipes.quickstart.gold import score
 
 DATA = Path(__file__).parent / "data"
 WORK = Path("runs/quickstart-data")  # where sampling is interrupted and goes on
+MODEL, MAX_NEW_TOKENS, BATCH_SIZE = "smollm2-135m-instruct", 90, 48
 SEED = 0
 HELD_OUT = {"test": 120, "eval": 60}
 ANSWERS = {"train": 6, "eval": 4, "test": 4}
@@ -39,13 +40,13 @@ def main() -> int:
         prompts.write_bytes(as_jsonl(rows))
         sample(
             Sampling(
-                source="smollm2-135m-instruct",
+                source=MODEL,
                 prompts=str(prompts),
                 out=str(out),
                 k=ANSWERS[split],
                 seed=SEED,
-                batch_size=48,
-                max_new_tokens=90,
+                batch_size=BATCH_SIZE,
+                max_new_tokens=MAX_NEW_TOKENS,
             )
         )
         samples[split] = read_rows(out)

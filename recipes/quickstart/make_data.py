@@ -19,11 +19,12 @@ from recipes.quickstart.gold import score
 
 DATA = Path(__file__).parent / "data"
 WORK = Path("runs/quickstart-data")  # where sampling is interrupted and goes on
-MODEL, MAX_NEW_TOKENS, BATCH_SIZE = "smollm2-135m-instruct", 90, 48
+MODEL, MAX_NEW_TOKENS, BATCH_SIZE = "smollm2-135m-instruct", 90, 96
 SEED = 0
 HELD_OUT = {"test": 120, "eval": 60}
 ANSWERS = {"train": 6, "eval": 4, "test": 4}
 PAIRS = {"train": 3, "eval": 2, "test": 2}  # at most, per prompt
+KEPT = {"pairs": 1050, "rankings": 150}  # at most, of train: the repository stays small
 NOISE = 0.1
 RANKED = 4
 
@@ -67,14 +68,22 @@ def split_prompts(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def files(samples: dict[str, list[Row]]) -> dict[str, bytes]:
-    """Name and content of every file that is made from the samples."""
-    found = {f"samples_{split}.jsonl.gz": gzip.compress(as_jsonl(rows), mtime=0) for split, rows in samples.items()}
-    pairs = {split: preferences(rows, PAIRS[split]) for split, rows in samples.items()}
-    pairs["train"] = with_noise(pairs["train"], flip_pair)
-    found |= {f"preferences_{split}.jsonl": as_jsonl(rows) for split, rows in pairs.items()}
-    found["demonstrations.jsonl"] = as_jsonl(demonstrations(samples["train"]))
-    found["rankings_train.jsonl"] = as_jsonl(with_noise(rankings(samples["train"]), flip_ranking))
-    return found
+    """Name and content of every file that is made from the samples of some splits."""
+    found = {}
+    for split, rows in samples.items():
+        pairs = preferences(rows, PAIRS[split])
+        if split == "train":
+            found["demonstrations.jsonl"] = demonstrations(rows)
+            found["rankings_train.jsonl"] = with_noise(some(rankings(rows), KEPT["rankings"]), flip_ranking)
+            pairs = with_noise(some(pairs, KEPT["pairs"]), flip_pair)
+        else:
+            found[f"samples_{split}.jsonl.gz"] = rows
+        found[f"preferences_{split}.jsonl"] = pairs
+    return {name: packed(as_jsonl(rows)) if name.endswith(".gz") else as_jsonl(rows) for name, rows in found.items()}
+
+
+def packed(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)  # the time would make every run differ
 
 
 def gold_scores(row: Row) -> list[float]:
@@ -133,6 +142,12 @@ def rankings(samples: list[Row]) -> list[Row]:
 
 def _differ(values: list[float], chosen: tuple[int, ...]) -> bool:
     return len({values[i] for i in chosen}) == len(chosen)
+
+
+def some(rows: list[Row], count: int) -> list[Row]:
+    """`count` rows at random, in their order; all where there are fewer."""
+    kept = sorted(random.Random(f"{SEED} kept").sample(range(len(rows)), min(count, len(rows))))
+    return [rows[i] for i in kept]
 
 
 def with_noise(rows: list[Row], flip: Any) -> list[Row]:

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank_rlhf import __version__, config
@@ -33,8 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_recipe_arguments(verb, default=None)
     summary = "what this machine can do, and the fix where training would be wrong"
     verbs.add_parser("doctor", help=summary, description=summary)
+    summary = "sample k answers to every prompt of a file, for labelling; goes on after an interruption"
+    add_sample_arguments(verbs.add_parser("sample", help=summary, description=summary))
     args = parse(parser, argv)
-    return run_safely(lambda: _doctor() if args.verb == "doctor" else _stage(args))
+    actions = {"doctor": _doctor, "sample": lambda: _sample(args)}
+    return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
 
 def recipe_main(cls: type[T], default: str, train: Callable[..., None], argv: Sequence[str] | None = None) -> int:
@@ -53,6 +57,28 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None) -
     parser.add_argument("--resume", action="store_true", help="go on with the run in run_dir where it stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run_dir")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+
+
+def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    def numbers(text: str) -> tuple[float, ...]:
+        return tuple(float(part) for part in text.split(","))
+
+    parser.add_argument("source", metavar="RUN|BASE", help="a run directory (its policy, else sft adapter) or a model")
+    parser.add_argument("--prompts", metavar="FILE", required=True, help="prompts, in any data format")
+    parser.add_argument("--k", type=int, default=4, help="answers to each prompt, 2 to 9 (default: %(default)s)")
+    parser.add_argument(
+        "--temperatures",
+        metavar="T[,T…]",
+        type=numbers,
+        default=(1.0,),
+        help="cycled over the k answers (default: 1.0)",
+    )
+    parser.add_argument("--out", metavar="FILE", help="default: PROMPTS.samples.jsonl in the working directory")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=32, help="answers at a time (default: %(default)s)"
+    )
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,6 +130,16 @@ def _doctor() -> int:
     from lowrank_rlhf import doctor
 
     return doctor.main()
+
+
+def _sample(args: argparse.Namespace) -> int:
+    quiet()
+    from lowrank_rlhf.sampling import Sampling, sample
+
+    values = {key: value for key, value in vars(args).items() if key != "verb"}
+    values["out"] = args.out or f"{Path(args.prompts).name.partition('.')[0]}.samples.jsonl"
+    sample(Sampling(**values))
+    return 0
 
 
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:

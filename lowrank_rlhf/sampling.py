@@ -1,0 +1,200 @@
+"""Candidates for labelling: k answers to every prompt of a file, written so that a kill loses at most one batch.
+
+OUT            one row a prompt, in the order of the prompts file
+OUT.meta.json  what the rows were sampled with; going on with anything else is refused
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.backbone.embedded import sha256_of
+from lowrank_rlhf.config import Base, Data, Rollout
+from lowrank_rlhf.data import Example, Renderer, Sequence
+from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.rollout import generate
+from lowrank_rlhf.runs import load_run_role
+from lowrank_rlhf.samples import keep_whole_batches, read_prompts, record_meta, refuse_other, row_line
+
+ROLES = ("policy", "sft")  # whose adapter of a run answers: the first that is there
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What to sample. The same values, prompts and model give the same file on the same machine, interrupted or not.
+
+    Attributes:
+        source: a run directory, whose policy (else sft) adapter answers, or a base model.
+        k: answers to each prompt; answer i is drawn at `temperatures[i % len(temperatures)]`.
+        batch_size: answers generated at a time; one of the things that determine the texts.
+
+    Raises:
+        UserError: a value out of bounds.
+    """
+
+    source: str
+    prompts: str
+    out: str
+    k: int = 4
+    temperatures: tuple[float, ...] = (1.0,)
+    seed: int = 0
+    batch_size: int = 32
+    max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.k <= 9:
+            raise UserError(f"--k: must be between 2 and 9, got {self.k}")
+        if not 1 <= len(self.temperatures) <= self.k or not all(0 < t < math.inf for t in self.temperatures):
+            raise UserError(f"--temperatures: expected 1 to k={self.k} numbers above 0, got {list(self.temperatures)}")
+        for flag, value in (("batch-size", self.batch_size), ("max-new-tokens", self.max_new_tokens)):
+            if value < 1:
+                raise UserError(f"--{flag}: must be at least 1, got {value}")
+
+    @property
+    def answer_temperatures(self) -> list[float]:
+        return [self.temperatures[i % len(self.temperatures)] for i in range(self.k)]
+
+    @property
+    def batch_prompts(self) -> int:
+        """Prompts per batch: the unit of seeding and of resuming. Each temperature is a generation of its own."""
+        return max(1, self.batch_size * len(set(self.answer_temperatures)) // self.k)
+
+
+def sample(sampling: Sampling) -> Path:
+    """Write the rows that `out` does not have yet; returns its path.
+
+    A row is {"prompt", "responses": [k texts], "temperatures", "seed", "ended": [False where the token limit cut]}
+    plus the other columns of the prompt's row.
+
+    Raises:
+        UserError: an unreadable prompts file or model, or an `out` that holds something else.
+    """
+    examples = read_prompts(sampling.prompts)
+    base, data, role = answerer(sampling)
+    out, meta = Path(sampling.out), _meta(sampling, base, role)
+    refuse_other(out, meta)
+    done = keep_whole_batches(out, examples, sampling.batch_prompts)
+    if done < len(examples):
+        backbone = Backbone(base)
+        meta |= {f"base_{key}": value for key, value in dataclasses.asdict(backbone.info).items()}
+        refuse_other(out, meta)
+        if role is not None:
+            load_run_role(backbone, sampling.source, role, role, key="RUN")
+        record_meta(out, meta)
+        _write_rows(out, examples, done, sampling, backbone, role, Renderer(backbone.tokenizer, data))
+    print(f"sample: {out}: {sampling.k} answers to each of {len(examples)} prompts", flush=True)
+    return out
+
+
+def answerer(sampling: Sampling) -> tuple[Base, Data, str | None]:
+    """The base to load, how prompts are rendered, and the role of the run that answers; None is the bare base."""
+    folder = Path(sampling.source)
+    if not (folder / "run.json").is_file():
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: neither a run directory (run.json) nor a model folder (config.json)")
+        return Base(model=sampling.source), Data(train=sampling.prompts), None
+    try:
+        recipe = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
+        base = Base(**{**recipe["base"], "device": "auto"})
+        data = Data(sampling.prompts, **{key: recipe["data"][key] for key in ("prompt_template", "max_prompt_tokens")})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/run.json: not a run of this version: {error!r}") from error
+    for role in ROLES:
+        if _weights(folder, role).is_file():
+            return base, data, role
+    raise UserError(f"{folder}: adapters/ has no {' or '.join(ROLES)}, so this run has nobody to answer")
+
+
+def batch_seed(seed: int, first_prompt: int) -> int:
+    """The seed of the batch that begins at this prompt: it depends on nothing generated before.
+
+    >>> batch_seed(0, 8) == batch_seed(0, 8) != batch_seed(8, 0)
+    True
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {first_prompt}".encode()).digest()[:7], "big")
+
+
+def _write_rows(
+    out: Path,
+    examples: list[Example],
+    done: int,
+    sampling: Sampling,
+    backbone: Backbone,
+    role: str | None,
+    renderer: Renderer,
+) -> None:
+    prompts = [renderer.prompt(e.prompt, e.where) for e in examples]
+    who, cut = role or "base", sum(is_cut for _, is_cut in prompts)
+    print(
+        f"sample: {who} of {sampling.source}, {done} of {len(examples)} prompts are done; {cut} prompts cut", flush=True
+    )
+    started, tokens, first = time.perf_counter(), 0, done
+    with out.open("ab") as file:
+        while done < len(examples):
+            group = range(done, min(done + sampling.batch_prompts, len(examples)))
+            torch.manual_seed(batch_seed(sampling.seed, done))
+            answers = _answers(sampling, backbone, role, renderer.stop_ids, [prompts[i][0] for i in group])
+            for i, completions in zip(group, answers, strict=True):
+                texts = [renderer.decode(c.completion_ids) for c in completions]
+                ended = [not c.cut for c in completions]
+                file.write(row_line(examples[i], texts, sampling.answer_temperatures, sampling.seed, ended))
+            file.flush()
+            os.fsync(file.fileno())
+            done = group.stop
+            tokens += sum(len(c.completion_ids) for completions in answers for c in completions)
+            seconds = time.perf_counter() - started
+            left = seconds * (len(examples) - done) / (done - first)
+            _progress(f"{done}/{len(examples)} prompts  {tokens / seconds:.0f} tok/s  ETA {left / 60:.1f} min")
+    _progress(None)
+
+
+def _answers(
+    sampling: Sampling, backbone: Backbone, role: str | None, stop_ids: list[int], prompts: list[list[int]]
+) -> list[list[Sequence]]:
+    """k completions of each prompt, in the order of `answer_temperatures`."""
+    found: dict[tuple[int, int], Sequence] = {}
+    each = sampling.answer_temperatures
+    for temperature in dict.fromkeys(each):
+        slots = [(p, i) for p in range(len(prompts)) for i in range(sampling.k) if each[i] == temperature]
+        sequences = generate(
+            backbone,
+            role,
+            [prompts[p] for p, _ in slots],
+            Rollout(batch_size=sampling.batch_size, temperature=temperature),
+            max_new_tokens=sampling.max_new_tokens,
+            stop_ids=stop_ids,
+        )
+        found.update(zip(slots, sequences, strict=True))
+    return [[found[p, i] for i in range(sampling.k)] for p in range(len(prompts))]
+
+
+def _meta(sampling: Sampling, base: Base, role: str | None) -> dict[str, Any]:
+    return {
+        "prompts_sha256": sha256_of(Path(sampling.prompts)),
+        "base_model": base.model,
+        "adapter_sha256": role and sha256_of(_weights(sampling.source, role)),
+        "temperatures": sampling.answer_temperatures,
+        **{key: getattr(sampling, key) for key in ("k", "seed", "batch_size", "max_new_tokens")},
+    }
+
+
+def _weights(run_dir: str | Path, role: str) -> Path:
+    return Path(run_dir) / "adapters" / role / "adapter_model.safetensors"
+
+
+def _progress(line: str | None) -> None:
+    """One line, rewritten on a terminal; in a log file a line each. None ends it."""
+    if not sys.stdout.isatty() and line:
+        print(f"sample: {line}", flush=True)
+    elif sys.stdout.isatty():
+        print(f"\r\x1b[Ksample: {line}" if line else "", end="" if line else "\n", flush=True)

@@ -105,6 +105,7 @@ def load_recipe(
     Raises:
         UserError: every unknown, missing or ill-typed key at once, one per line, by its dotted name.
 
+    >>> from lowrank_rlhf.config import SFTRecipe
     >>> load_recipe(SFTRecipe, overrides=["data.train=d.jsonl", "train.learning_rate=1e-5"]).train.learning_rate
     1e-05
     """

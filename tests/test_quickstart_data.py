@@ -177,7 +177,6 @@ def test_the_readme_counts_what_is_there():
     assert told == {path.name: len(read_rows(path)) for path in DATA.glob("*.jsonl*")}
 
 
-@made
 def test_one_command_makes_everything_and_twice_the_same(tmp_path, monkeypatch, capsys):
     """The whole of make_data with the tiny model for the base, on 12 prompts."""
     data = tmp_path / "data"
@@ -192,6 +191,8 @@ def test_one_command_makes_everything_and_twice_the_same(tmp_path, monkeypatch, 
         return {path.name: path.read_bytes() for path in data.iterdir()}
 
     first = made(tmp_path / "work")
-    assert set(first) == {path.name for path in DATA.iterdir()} - {"README.md"}
+    prompts = {"prompts.jsonl", *(f"prompts_{split}.jsonl" for split in SPLITS)}
+    labels = {"demonstrations.jsonl", "rankings_train.jsonl", *(f"preferences_{split}.jsonl" for split in SPLITS)}
+    assert set(first) == {*prompts, *labels, *(f"samples_{split}.jsonl.gz" for split in HELD_OUT)}
     assert made(tmp_path / "again") == first
     assert "test: 3 prompts, 12 answers" in capsys.readouterr().out

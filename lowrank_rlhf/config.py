@@ -67,6 +67,13 @@ class Train:
 
 
 @dataclass(frozen=True)
+class SFTTrain(Train):
+    """`packing`: a sequence is as many rows as fit into the token limits together, each unseen by the others."""
+
+    packing: bool = False
+
+
+@dataclass(frozen=True)
 class PPOTrain:
     """`max_steps` counts rollout iterations, `batch_size` the prompts of each, `micro_batch_size` those per forward."""
 
@@ -180,7 +187,7 @@ class Run:
 class SFTRecipe(Run):
     stage = "sft"
     data: Data
-    train: Train = field(default_factory=Train)
+    train: SFTTrain = field(default_factory=SFTTrain)
     eval: Eval = field(default_factory=Eval)
 
 

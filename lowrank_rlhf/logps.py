@@ -16,11 +16,12 @@ def chunked_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token and the entropy of its distribution, one vocabulary chunk at a time.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of each target token, the entropy of its distribution, and whether it is the likeliest.
 
     z = softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature;  logp = z_target − logsumexp z. The kernel is
-    trl's (Triton on CUDA, torch elsewhere); sums are accumulated in fp32 whatever the input type.
+    trl's (Triton on CUDA, torch elsewhere), which takes one chunk of the vocabulary at a time; sums are accumulated in
+    fp32 whatever the input type.
 
     Args:
         hidden: the final hidden state *before* each target. Shape (N, H): flattened, because a sliced
@@ -29,13 +30,13 @@ def chunked_logps(
         targets: token ids. Shape (N,).
 
     Returns:
-        logps and entropies, nats, fp32, each of shape (N,).
+        logps and entropies, nats, fp32, and is_top1, bool; each of shape (N,).
 
-    >>> logps, entropy = chunked_logps(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3]))
+    >>> logps, entropy, _ = chunked_logps(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([3]))
     >>> logps, entropy  # uniform over four tokens: −log 4, log 4
     (tensor([-1.3863]), tensor([1.3863]))
     """
-    logps, entropy, *_ = ChunkedLogProbFunction.apply(
+    logps, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         hidden,
         lm_head_weight,
         bias,
@@ -44,9 +45,9 @@ def chunked_logps(
         VOCAB_CHUNK,
         logit_softcap,
         logit_scale,
-        ("entropy",),
+        ("entropy", "is_top1"),
     )
-    return logps, entropy
+    return logps, entropy, is_top1
 
 
 def masked_targets(input_ids: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,14 +40,15 @@ def test_logp_by_hand(settings, logp, entropy):
     entropy = -p * logp - (1 - p) * math.log(1 - p) if entropy is None else entropy
     head = torch.tensor([[math.log(3)], [0.0]])
     actual = chunked_logps(torch.ones(1, 1), head, torch.tensor([0]), **settings)
-    assert_close(list(actual), [torch.tensor([logp]), torch.tensor([entropy])])
+    assert_close(list(actual[:2]), [torch.tensor([logp]), torch.tensor([entropy])])
+    assert math.isclose(p, 0.5) or actual[2].tolist() == [p > 0.5]
 
 
 def test_sums_are_accumulated_in_float32_for_bfloat16_states(monkeypatch):
     """1001 equal logits in chunks of 7: ∓log 1001 = ∓6.90876; the nearest bfloat16 is 6.90625."""
     monkeypatch.setattr(logps_module, "VOCAB_CHUNK", 7)
     hidden, head = torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(1001, 3, dtype=torch.bfloat16)
-    logps, entropy = chunked_logps(hidden, head, torch.tensor([0, 1000]))
+    logps, entropy, _ = chunked_logps(hidden, head, torch.tensor([0, 1000]))
     assert_close([logps, entropy], [torch.full((2,), -math.log(1001)), torch.full((2,), math.log(1001))])
 
 
@@ -75,11 +76,11 @@ def test_gradient_is_that_of_the_plain_path(monkeypatch, settings, logp_weight, 
         logits = logit_scale * (hidden @ head.T + bias)
         logits = logits if logit_softcap is None else logit_softcap * torch.tanh(logits / logit_softcap)
         log_p = F.log_softmax(logits / temperature, dim=-1)
-        return log_p.gather(1, targets.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(1, targets.unsqueeze(1)).squeeze(1), -(log_p.exp() * log_p).sum(-1), None
 
     def gradient(function):
         trained = hidden.clone().requires_grad_()
-        logps, entropy = function(trained, head, targets, **settings)
+        logps, entropy, _ = function(trained, head, targets, **settings)
         return torch.autograd.grad((weights * (logp_weight * logps + entropy_weight * entropy)).sum(), trained)[0]
 
     assert gradient(plain_logps).abs().max() > 0.01
@@ -139,4 +140,4 @@ def test_completion_logps_agree_with_float64_loops(monkeypatch, dtype, tolerance
             for b, t in reference.positions(mask)
         ]
         expected = torch.tensor(expected, dtype=torch.float32).T
-        assert_close(torch.stack(actual), expected, rtol=0, atol=tolerance)
+        assert_close(torch.stack(actual[:2]), expected, rtol=0, atol=tolerance)

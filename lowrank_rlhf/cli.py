@@ -93,9 +93,12 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
 
 
 def run_safely(action: Callable[[], int]) -> int:
-    """Run a verb; bad input or a full disk becomes its message on stderr and status 2."""
+    """Run a verb; bad input or a full disk becomes its message on stderr and status 2, Ctrl-C is status 130."""
     try:
         return action()
+    except KeyboardInterrupt:
+        print("interrupted; nothing that was saved is lost", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

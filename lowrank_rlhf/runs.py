@@ -28,6 +28,7 @@ import torch
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.store import load_role, save_role
+from lowrank_rlhf.cards import model_card
 from lowrank_rlhf.checkpoints import Checkpoints
 from lowrank_rlhf.config import Run as RunRecipe
 from lowrank_rlhf.errors import UserError
@@ -209,10 +210,10 @@ class Run:
     def metrics(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.dir / METRICS).read_text().splitlines()]
 
-    def save_role(self, backbone: Backbone, role: str) -> None:
-        """Write `adapters/ROLE/`."""
+    def save_role(self, backbone: Backbone, role: str, metrics: dict[str, float]) -> None:
+        """Write `adapters/ROLE/`, its card with the last metrics."""
         self.record(base=dataclasses.asdict(backbone.info))
-        card = _card(role, self.info, has_head=role in backbone.heads)
+        card = model_card(role, self.info, metrics, has_head=role in backbone.heads)
         save_role(backbone, role, self.dir / "adapters" / role, card)
 
 
@@ -267,14 +268,3 @@ def peak_memory_gib() -> dict[str, float]:
 def unused_run_dir(name: str) -> Path:
     """The first of runs/NAME-1, runs/NAME-2, … that does not exist."""
     return next(path for n in itertools.count(1) if not (path := Path("runs", f"{name}-{n}")).exists())
-
-
-def _card(role: str, info: dict[str, Any], *, has_head: bool) -> str:
-    base = info["base"]
-    head = "\n`head.safetensors` is the fp32 scalar head `linear.weight` (1, hidden), read at the last token.\n"
-    return (
-        f"---\nbase_model: {base['model']}\nlibrary_name: peft\ntags: [lora, lowrank-rlhf, {info['stage']}]\n---\n\n"
-        f"# {role} adapter\n\nLoRA adapter for `{base['model']}` (revision `{base['revision']}`, loaded as "
-        f"{base['quantization']}), trained by the {info['stage']} stage of lowrank_rlhf.\n"
-        f"{head if has_head else ''}\nThe recipe, data hash and metrics are in the run's `run.json`.\n"
-    )

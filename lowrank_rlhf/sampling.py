@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import os
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.config import Base, Data, Rollout
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.progress import Progress
 from lowrank_rlhf.rollout import generate
 from lowrank_rlhf.runs import load_run_role
 from lowrank_rlhf.samples import keep_whole_batches, read_prompts, record_meta, refuse_other, row_line
@@ -91,7 +90,8 @@ def sample(sampling: Sampling) -> Path:
         if role is not None:
             load_run_role(backbone, sampling.source, role, role, key="RUN")
         record_meta(out, meta)
-        _write_rows(out, examples, done, sampling, backbone, role, Renderer(backbone.tokenizer, data))
+        renderer = Renderer(backbone.tokenizer, data, backbone.context)
+        _write_rows(out, examples, done, sampling, backbone, role, renderer)
     print(f"sample: {out}: {sampling.k} answers to each of {len(examples)} prompts", flush=True)
     return out
 
@@ -102,11 +102,13 @@ def answerer(sampling: Sampling) -> tuple[Base, Data, str | None]:
     if not (folder / "run.json").is_file():
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise UserError(f"{folder}: neither a run directory (run.json) nor a model folder (config.json)")
-        return Base(model=sampling.source), Data(train=sampling.prompts), None
+        data = Data(sampling.prompts, max_completion_tokens=sampling.max_new_tokens)
+        return Base(model=sampling.source), data, None
     try:
         recipe = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
         base = Base(**{**recipe["base"], "device": "auto"})
-        data = Data(sampling.prompts, **{key: recipe["data"][key] for key in ("prompt_template", "max_prompt_tokens")})
+        kept = {key: recipe["data"][key] for key in ("prompt_template", "max_prompt_tokens")}
+        data = Data(sampling.prompts, max_completion_tokens=sampling.max_new_tokens, **kept)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/run.json: not a run of this version: {error!r}") from error
     for role in ROLES:
@@ -138,7 +140,7 @@ def _write_rows(
     print(
         f"sample: {who} of {sampling.source}, {done} of {len(examples)} prompts are done; {cut} prompts cut", flush=True
     )
-    started, tokens, first = time.perf_counter(), 0, done
+    line = Progress("sample", len(examples), done, unit="prompt")
     with out.open("ab") as file:
         while done < len(examples):
             group = range(done, min(done + sampling.batch_prompts, len(examples)))
@@ -151,11 +153,7 @@ def _write_rows(
             file.flush()
             os.fsync(file.fileno())
             done = group.stop
-            tokens += sum(len(c.completion_ids) for completions in answers for c in completions)
-            seconds = time.perf_counter() - started
-            left = seconds * (len(examples) - done) / (done - first)
-            _progress(f"{done}/{len(examples)} prompts  {tokens / seconds:.0f} tok/s  ETA {left / 60:.1f} min")
-    _progress(None)
+            line.step(done, sum(len(c.completion_ids) for completions in answers for c in completions))
 
 
 def _answers(
@@ -190,11 +188,3 @@ def _meta(sampling: Sampling, base: Base, role: str | None) -> dict[str, Any]:
 
 def _weights(run_dir: str | Path, role: str) -> Path:
     return Path(run_dir) / "adapters" / role / "adapter_model.safetensors"
-
-
-def _progress(line: str | None) -> None:
-    """One line, rewritten on a terminal; in a log file a line each. None ends it."""
-    if not sys.stdout.isatty() and line:
-        print(f"sample: {line}", flush=True)
-    elif sys.stdout.isatty():
-        print(f"\r\x1b[Ksample: {line}" if line else "", end="" if line else "\n", flush=True)

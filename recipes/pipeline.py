@@ -71,7 +71,7 @@ def compare(recipe: PPORecipe, samples: int = 2) -> None:
     assert recipe.run_dir is not None
     _, prompts = load_prompts(recipe.data)
     backbone = Backbone(recipe.base)
-    renderer = Renderer(backbone.tokenizer, recipe.data)
+    renderer = Renderer(backbone.tokenizer, recipe.data, backbone.context)
     reward = load_rewards(recipe, backbone, renderer)
     load_run_role(backbone, recipe.policy_from, "sft", "sft", key="policy_from")
     load_run_role(backbone, recipe.run_dir, "policy", "policy", key="run_dir")

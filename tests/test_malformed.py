@@ -194,6 +194,9 @@ SETTINGS = [
     ("sft", ["data.train=nobody/at-all"], "nobody/at-all: there is no such file, and no hub dataset of that name"),
     ("sft", ["data.colums={}"], "recipes/sft.yaml: data.colums: unknown key; did you mean data.columns?"),
     ("sft", ["run_dir=recipes/sft.yaml/run"], "run_dir: recipes/sft.yaml/run cannot be made, "),
+    ("sft", ["data.max_prompt_tokens=4000"], "data.max_prompt_tokens + data.max_completion_tokens: 4016 tokens, but"),
+    ("reward", ["data.max_completion_tokens=99999"], "data.max_prompt_tokens + data.max_completion_tokens: 100047"),
+    ("ppo", ["data.max_completion_tokens=9999"], "data.max_prompt_tokens + data.max_completion_tokens: 10047 tokens"),
     ("ppo", ["train.batch_size=5"], "train.batch_size: 5 prompts must be ppo.minibatches"),
 ]
 

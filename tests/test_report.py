@@ -25,8 +25,8 @@ from lowrank_rlhf.data import (
     tokenize_demonstrations,
 )
 from lowrank_rlhf.data.duplicates import count_duplicates
-from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.data.report import report_lines
+from lowrank_rlhf.progress import progress
 
 
 def report(path, **settings):
@@ -146,7 +146,7 @@ def test_progress_is_silent_when_it_is_quick_and_tells_lines_where_there_is_no_t
     assert list(progress(range(5), "reading")) == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err == ""
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("lowrank_rlhf.data.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("lowrank_rlhf.progress.time.monotonic", lambda: float(next(clock)))
     assert list(progress(range(10), "reading", 10)) == list(range(10))
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("reading [####")

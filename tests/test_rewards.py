@@ -139,7 +139,7 @@ def trained_run(folder, slope, *, head=True):
     backbone.add_role("reward", Lora(r=4), head=head)
     if head:
         torch.nn.init.constant_(backbone.heads["reward"].linear.weight, slope)
-    Run(recipe(run_dir=str(folder))).save_role(backbone, "reward")
+    Run(recipe(run_dir=str(folder))).save_role(backbone, "reward", {})
     return str(folder)
 
 

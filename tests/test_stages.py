@@ -171,5 +171,15 @@ def test_sft_trains_its_lora_weights_in_float32(tmp_path):
         assert not torch.equal(tensor, tensor.bfloat16().float()), f"{name} holds only what bf16 can hold"
 
 
+def test_the_card_says_how_a_role_was_trained_and_judged(tmp_path):
+    run = train("reward", tmp_path / "reward")
+    card, info = (run / "adapters/reward/README.md").read_text(), json.loads((run / "run.json").read_text())
+    assert card.startswith("---\nbase_model: tiny\nlibrary_name: peft\n")
+    assert f"| eval_accuracy | {info['final']['eval_accuracy']:.4g} |" in card
+    assert info["data_hash"] in card
+    assert "learning_rate 0.0005" in card
+    assert str(tmp_path) not in card
+
+
 def test_stage_table_matches_modules():
     assert set(STAGES) == {"sft", "reward", "ppo"}

@@ -12,20 +12,20 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowrank_rlhf.backbone.base import BaseInfo, check_logit_path, load_base, logit_transform
+from lowrank_rlhf.backbone.base import BaseInfo, check_logit_path, load_base
 from lowrank_rlhf.backbone.guard import forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
 from lowrank_rlhf.backbone.heads import ScalarHead
+from lowrank_rlhf.backbone.passes import Passes
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
-from lowrank_rlhf.logps import chunked_logps, masked_targets
 
 BASE_ROW = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
-class Backbone:
+class Backbone(Passes):
     """The base model in memory once, its adapters by role name, and an fp32 head for each role that has one.
 
     Args:
@@ -57,6 +57,11 @@ class Backbone:
     def active(self) -> str | None:
         """The role that the next forward uses; None is the bare base."""
         return self._active
+
+    @property
+    def context(self) -> int | None:
+        """Tokens the base can attend to; None where that has no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def add_role(self, role: str, lora: Lora, *, head: bool = False) -> None:
         """A new adapter that changes nothing yet (B = 0), with a zero head if asked for.
@@ -200,80 +205,6 @@ class Backbone:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
         else:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-    # Passes
-
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
-        """Final hidden states under the role that is on. (B, T) ids and bool mask → (B, T, H).
-
-        Args:
-            position_ids: of packed rows, shape (B, T): each document counts from 0 and sees itself alone. The mask is
-                then None.
-        """
-        trunk = self.model.base_model
-        mask = None if attention_mask is None else attention_mask.long()
-        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-        return trunk(**inputs, use_cache=False).last_hidden_state
-
-    def completion_logps(
-        self, hidden: Tensor, input_ids: Tensor, completion_mask: Tensor, *, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `chunked_logps` says of each completion token, in row-major order.
-
-        lm_head is applied to completion positions only, flattened, in vocabulary chunks: no (B, T, V) tensor exists.
-
-        Args:
-            hidden: final hidden states, shape (B, T, H).
-            input_ids: shape (B, T).
-            completion_mask: bool, shape (B, T), False in column 0.
-
-        Returns:
-            logps, entropies and is_top1, each of shape (N,).
-        """
-        before_mask, targets = masked_targets(input_ids, completion_mask)
-        scale, softcap = logit_transform(self.model.config)
-        lm_head: Any = self.model.get_output_embeddings()
-        return chunked_logps(
-            hidden[before_mask],
-            lm_head.weight,
-            targets,
-            bias=lm_head.bias,
-            temperature=temperature,
-            logit_scale=scale,
-            logit_softcap=softcap,
-        )
-
-    def token_logps(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, *, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each completion token under the role that is on.
-
-        Args:
-            input_ids: shape (B, T).
-            attention_mask: bool, shape (B, T).
-            completion_mask: bool, shape (B, T), False in column 0.
-
-        Returns:
-            token_logps and entropies, nats, fp32, shape (B, T), 0 outside the completion.
-        """
-        hidden = self.hidden(input_ids, attention_mask)
-        logps, entropy, _ = self.completion_logps(hidden, input_ids, completion_mask, temperature=temperature)
-        zeros = logps.new_zeros(completion_mask.shape)
-        return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
-
-    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The role's head at the last attended token of each row, whatever the padding side. Shape (B,)."""
-        hidden = self.hidden(input_ids, attention_mask)
-        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        last = torch.where(attention_mask.bool(), columns, -1).argmax(dim=1)
-        return self.heads[role](hidden[torch.arange(len(last), device=last.device), last])
-
-    def values(self, role: str, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-        """The role's head at the state *before* each completion token. Shape (B, T), 0 outside the completion."""
-        hidden = self.hidden(input_ids, attention_mask)
-        before_mask, _ = masked_targets(input_ids, completion_mask)
-        values = self.heads[role](hidden[before_mask])
-        return values.new_zeros(completion_mask.shape).masked_scatter(completion_mask, values)
 
     # Internals
 

@@ -7,8 +7,8 @@ from lowrank_rlhf.config import Data
 from lowrank_rlhf.data.examples import Example, Examples, Reading
 from lowrank_rlhf.data.files import source_hash
 from lowrank_rlhf.data.formats import stream_examples
-from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.progress import progress
 
 Split = tuple[Examples, Examples]
 

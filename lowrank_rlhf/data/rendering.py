@@ -45,10 +45,20 @@ class Renderer:
     Args:
         tokenizer: the base's.
         data: the recipe's data group (template and token limits).
+        context: tokens that the base can attend to, where that has a limit.
+
+    Raises:
+        UserError: the token limits do not fit into the context, or the template cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, context: int | None = None):
         self.tokenizer, self.data = tokenizer, data
+        longest = data.max_prompt_tokens + data.max_completion_tokens
+        if context is not None and longest > context:
+            raise UserError(
+                f"data.max_prompt_tokens + data.max_completion_tokens: {longest} tokens, but this base attends to at "
+                f"most {context}; lower one of them"
+            )
         if tokenizer.chat_template is None and "{prompt}" not in data.prompt_template:
             raise UserError("data.prompt_template: must contain {prompt}, this base has no chat template")
         self.end_of_turn = self._end_of_turn()

@@ -10,9 +10,9 @@ import numpy as np
 
 from lowrank_rlhf.data.duplicates import count_duplicates
 from lowrank_rlhf.data.examples import Example, Examples
-from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.data.rendering import Renderer
 from lowrank_rlhf.data.tokenized import Sizes
+from lowrank_rlhf.progress import progress
 
 PERCENTILES = (5, 50, 95, 99, 100)
 SHOWN_ROWS = 3

@@ -12,8 +12,8 @@ import datasets
 import pyarrow
 
 from lowrank_rlhf.data.examples import Example
-from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.data.rendering import Renderer, Sequence
+from lowrank_rlhf.progress import progress
 
 SCHEMA = pyarrow.schema({"input_ids": pyarrow.list_(pyarrow.int32()), "completion_mask": pyarrow.list_(pyarrow.int8())})
 BATCH_ROWS = 1000

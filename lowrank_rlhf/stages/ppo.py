@@ -22,13 +22,12 @@ from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.data import Batch, Example, Renderer, Sequence, load_prompts, pad_batch
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
-from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.data.report import data_report, print_report
 from lowrank_rlhf.data.tokenized import Sizes
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.kl import kl_per_token
 from lowrank_rlhf.losses import ppo_policy_loss, ppo_value_loss
-from lowrank_rlhf.progress import Progress
+from lowrank_rlhf.progress import Progress, progress
 from lowrank_rlhf.rewards import load_rewards
 from lowrank_rlhf.rollout import generate
 from lowrank_rlhf.runs import Run, load_run_role
@@ -50,7 +49,7 @@ def train(recipe: PPORecipe, run: Run) -> None:
     print(f"ppo: reference: {ppo.backbone.reference_role or 'base, adapters off'}", flush=True)
     metrics: Metrics = {}
     done = ppo.load(run.checkpoint) if run.checkpoint else 0
-    progress = Progress("ppo", recipe.train.max_steps, done)
+    line = Progress("ppo", recipe.train.max_steps, done)
     for step in range(done + 1, recipe.train.max_steps + 1):
         experiences, metrics = ppo.collect()
         if step == 1:
@@ -59,13 +58,13 @@ def train(recipe: PPORecipe, run: Run) -> None:
             run.log(0, first)
         metrics |= ppo.update(experiences)
         shown = {name: metrics[f"objective/{name}"] for name in ("scores", "kl", "length")}
-        metrics |= progress.step(step, sum(int(e.batch.attention_mask.sum()) for e in experiences), **shown)
+        metrics |= line.step(step, sum(int(e.batch.attention_mask.sum()) for e in experiences), **shown)
         run.log(step, metrics)
         if run.is_due(step) and step < recipe.train.max_steps:
             with run.write_checkpoint(step) as folder:
                 ppo.save(folder, step)
     for role in ("policy", "value"):
-        run.save_role(ppo.backbone, role)
+        run.save_role(ppo.backbone, role, metrics)
     run.finish(**metrics)
     print(f"ppo: saved in {run.dir}", flush=True)
 
@@ -85,7 +84,7 @@ class PPO:
         self.prompts, held_out = load_prompts(recipe.data)
         torch.manual_seed(recipe.seed)
         self.backbone = backbone = Backbone(recipe.base)
-        self.renderer = Renderer(backbone.tokenizer, recipe.data)
+        self.renderer = Renderer(backbone.tokenizer, recipe.data, backbone.context)
         sizes = Sizes()
         for e in progress(self.prompts, "tokenising", len(self.prompts)):
             ids, cut = self.renderer.prompt(e.prompt, e.where)

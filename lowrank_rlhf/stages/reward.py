@@ -10,10 +10,9 @@ from lowrank_rlhf.config import RewardRecipe
 from lowrank_rlhf.data import Example, Renderer, Sequence, Sizes, data_report, load_preferences, pad_batch, print_report
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
-from lowrank_rlhf.data.progress import progress
 from lowrank_rlhf.evaluation.intervals import bootstrap_mean
 from lowrank_rlhf.losses import bradley_terry_loss
-from lowrank_rlhf.progress import Progress
+from lowrank_rlhf.progress import Progress, progress
 from lowrank_rlhf.runs import Run, load_run_role
 from lowrank_rlhf.scoring import score_sequences
 from lowrank_rlhf.stages.early_stopping import Best
@@ -36,7 +35,7 @@ def train(recipe: RewardRecipe, run: Run) -> None:
     backbone.train_only(ROLE)
     if recipe.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    renderer = Renderer(backbone.tokenizer, recipe.data)
+    renderer = Renderer(backbone.tokenizer, recipe.data, backbone.context)
     pairs, eval_pairs = tokenize(train_examples, renderer), tokenize(eval_examples, renderer)
     sizes = Sizes.of(sequence for pair in pairs for sequence in pair)
     report = data_report("preferences", train_examples, eval_examples, renderer, sizes)
@@ -48,7 +47,7 @@ def train(recipe: RewardRecipe, run: Run) -> None:
         run.log(0, evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size))
     optimize(recipe, backbone, run, pairs, eval_pairs, prompts)
     last = evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size)
-    run.save_role(backbone, ROLE)
+    run.save_role(backbone, ROLE, last)
     run.finish(**last)
     if last:
         low, high = last["eval_accuracy_low"], last["eval_accuracy_high"]
@@ -89,7 +88,7 @@ def optimize(
         done, order = cursor["step"], cursor["order"]
         shuffle.set_state(cursor["shuffle"])
         best.load_state_dict(cursor["best"])
-    progress = Progress("reward", steps, done)
+    line = Progress("reward", steps, done)
     for step in range(done + 1, steps + 1):
         if not order:
             order = chunks(torch.randperm(len(pairs), generator=shuffle).tolist(), train.batch_size)
@@ -99,7 +98,7 @@ def optimize(
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         metrics = {"loss": loss, "rewards/accuracies": accuracy, "grad_norm": float(grad_norm)}
-        speed = progress.step(step, tokens, loss=loss, accuracy=accuracy)
+        speed = line.step(step, tokens, loss=loss, accuracy=accuracy)
         run.log(step, {**metrics, "lr": float(schedule.get_last_lr()[0]), **speed})
         if recipe.eval.steps and (step % recipe.eval.steps == 0 or step == steps):
             held_out = evaluate(backbone, eval_pairs, prompts, train.micro_batch_size)

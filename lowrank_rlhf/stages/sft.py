@@ -25,7 +25,7 @@ def train(recipe: SFTRecipe, run: Run) -> None:
     backbone.train_only(ROLE)
     if recipe.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
-    renderer = Renderer(backbone.tokenizer, recipe.data)
+    renderer = Renderer(backbone.tokenizer, recipe.data, backbone.context)
     train_set, sizes = tokenize_demonstrations(train_examples, renderer)
     eval_set, _ = tokenize_demonstrations(eval_examples, renderer)
     report = data_report("demonstrations", train_examples, eval_examples, renderer, sizes)
@@ -43,7 +43,7 @@ def train(recipe: SFTRecipe, run: Run) -> None:
             final = {"eval_loss_before": run.metrics()[0]["eval_loss"], "eval_loss": trainer.evaluate()["eval_loss"]}
             print(f"sft: eval loss {final['eval_loss_before']:.4f} -> {final['eval_loss']:.4f}", flush=True)
     write_samples(recipe, backbone, renderer, (eval_examples or train_examples)[:SAMPLES], run.dir / "samples.md")
-    run.save_role(backbone, ROLE)
+    run.save_role(backbone, ROLE, final)
     run.finish(**final)
     print(f"sft: saved in {run.dir}", flush=True)
 

@@ -23,6 +23,7 @@ MODEL, MAX_NEW_TOKENS, BATCH_SIZE = "smollm2-135m-instruct", 90, 96
 SEED = 0
 HELD_OUT = {"test": 120, "eval": 60}
 ANSWERS = {"train": 6, "eval": 4, "test": 4}
+DRAFTS, DRAFT_TEMPERATURE = 4, 0.7  # of train's prompts, to choose demonstrations from: calmer than what is compared
 PAIRS = {"train": 3, "eval": 2, "test": 2}  # at most, per prompt
 KEPT = {"pairs": 1020, "rankings": 130}  # at most, of train: the repository stays small
 NOISE = 0.1
@@ -35,22 +36,25 @@ def main() -> int:
     quiet()
     from lowrank_rlhf.sampling import Sampling, sample
 
+    prompts = split_prompts(read_rows(DATA / "prompts.jsonl"))
+    for split, rows in prompts.items():
+        (DATA / f"prompts_{split}.jsonl").write_bytes(as_jsonl(rows))
+    plan = {split: (split, ANSWERS[split], 1.0) for split in prompts}
     samples = {}
-    for split, rows in split_prompts(read_rows(DATA / "prompts.jsonl")).items():
-        prompts, out = DATA / f"prompts_{split}.jsonl", WORK / f"samples_{split}.jsonl"
-        prompts.write_bytes(as_jsonl(rows))
-        sample(
+    for name, (split, k, temperature) in {**plan, "drafts": ("train", DRAFTS, DRAFT_TEMPERATURE)}.items():
+        out = sample(
             Sampling(
                 source=MODEL,
-                prompts=str(prompts),
-                out=str(out),
-                k=ANSWERS[split],
+                prompts=str(DATA / f"prompts_{split}.jsonl"),
+                out=str(WORK / f"samples_{name}.jsonl"),
+                k=k,
+                temperatures=(temperature,),
                 seed=SEED,
                 batch_size=BATCH_SIZE,
                 max_new_tokens=MAX_NEW_TOKENS,
             )
         )
-        samples[split] = read_rows(out)
+        samples[name] = read_rows(out)
     for name, content in files(samples).items():
         (DATA / name).write_bytes(content)
     print(report(samples))
@@ -68,12 +72,14 @@ def split_prompts(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def files(samples: dict[str, list[Row]]) -> dict[str, bytes]:
-    """Name and content of every file that is made from the samples of some splits."""
+    """Name and content of every file that is made from some of the samples."""
     found = {}
     for split, rows in samples.items():
+        if split == "drafts":
+            found["demonstrations.jsonl"] = demonstrations(rows)
+            continue
         pairs = preferences(rows, PAIRS[split])
         if split == "train":
-            found["demonstrations.jsonl"] = demonstrations(rows)
             found["rankings_train.jsonl"] = with_noise(some(rankings(rows), KEPT["rankings"]), flip_ranking)
             pairs = with_noise(some(pairs, KEPT["pairs"]), flip_pair)
         else:
@@ -178,13 +184,13 @@ def rng(purpose: str, row: Row) -> random.Random:
 def report(samples: dict[str, list[Row]]) -> str:
     """The base's distribution of gold, and the size of every file."""
     lines = []
-    for split, rows in samples.items():
+    for name, rows in samples.items():
         values = [value for row in rows for value in gold_scores(row)]
         tenths = statistics.quantiles(values, n=10, method="inclusive")
         ended = statistics.fmean(flag for row in rows for flag in row["ended"])
         percentiles = "  ".join(f"{p} % {tenths[p // 10 - 1]:.2f}" for p in (10, 30, 50, 70, 90))
         spread = f"gold {statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"
-        lines.append(f"{split}: {len(rows)} prompts, {len(values)} answers, {ended:.0%} ended; {spread}; {percentiles}")
+        lines.append(f"{name}: {len(rows)} prompts, {len(values)} answers, {ended:.0%} ended; {spread}; {percentiles}")
     written = sorted(DATA.glob("*.jsonl*"))
     return "\n".join(lines + [f"{p.name}: {len(read_rows(p))} rows, {p.stat().st_size} bytes" for p in written])
 

@@ -14,9 +14,6 @@ from recipes.quickstart.gold import gold, score
 from recipes.quickstart.make_data import DATA, HELD_OUT, files, gold_scores, read_rows, split_prompts
 
 SPLITS = ("train", *HELD_OUT)
-made = pytest.mark.skipif(
-    not (DATA / "demonstrations.jsonl").exists(), reason="recipes.quickstart.make_data has not been run yet"
-)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,6 @@ def test_every_must_mention_is_well_formed():
             assert all(re.fullmatch(r"[a-z0-9](?:.*\S)?", a) and a == a.lower() for a in alternatives), row
 
 
-@made
 def test_every_prompt_is_on_one_side(samples):
     sides = {split: prompts_of(f"prompts_{split}.jsonl") for split in SPLITS}
     assert sum(map(len, sides.values())) == len(set().union(*sides.values()))
@@ -72,7 +68,6 @@ def test_every_prompt_is_on_one_side(samples):
     assert prompts_of("demonstrations.jsonl") | prompts_of("rankings_train.jsonl") <= sides["train"]
 
 
-@made
 def test_the_side_of_a_prompt_follows_from_the_text_alone():
     rows = read_rows(DATA / "prompts.jsonl")
     split = split_prompts(rows)
@@ -84,7 +79,6 @@ def test_the_side_of_a_prompt_follows_from_the_text_alone():
 # Samples and the rule
 
 
-@made
 def test_the_rule_leaves_the_base_room_both_ways(samples):
     for rows in samples.values():
         values = [value for row in rows for value in gold_scores(row)]
@@ -93,7 +87,6 @@ def test_the_rule_leaves_the_base_room_both_ways(samples):
         assert high - low > 0.3
 
 
-@made
 def test_held_out_labels_are_what_the_samples_and_the_rule_give(samples):
     for name, content in files(samples).items():
         there = (DATA / name).read_bytes()
@@ -108,7 +101,6 @@ def test_the_files_are_small():
 # Labels
 
 
-@made
 @pytest.mark.parametrize("split", SPLITS)
 def test_preferences_follow_the_rule_but_for_the_flipped(split):
     rows = read_rows(DATA / f"preferences_{split}.jsonl")
@@ -124,7 +116,6 @@ def test_preferences_follow_the_rule_but_for_the_flipped(split):
     assert len(rows) >= {"train": 1000, "eval": 100, "test": 200}[split]
 
 
-@made
 def test_rankings_follow_the_rule_but_for_the_flipped():
     rows = read_rows(DATA / "rankings_train.jsonl")
     for row in rows:
@@ -136,7 +127,6 @@ def test_rankings_follow_the_rule_but_for_the_flipped():
     assert len(rows) >= 100
 
 
-@made
 def test_demonstrations_are_from_the_upper_half_and_leave_room(samples):
     """The median of train's own samples, which are not committed, is within 0.1 of the held-out ones'."""
     items = {row["prompt"]: row["must_mention"] for row in read_rows(DATA / "prompts_train.jsonl")}
@@ -152,7 +142,6 @@ def test_demonstrations_are_from_the_upper_half_and_leave_room(samples):
 # Use
 
 
-@made
 def test_every_loader_reads_its_file():
     def counts(load, train, held_out):
         return [len(e) for e in load(Data(train=str(DATA / train), eval=str(DATA / held_out)))]
@@ -170,7 +159,6 @@ def test_every_loader_reads_its_file():
     assert set(pairs[0].columns) == {"must_mention", "gold_chosen", "gold_rejected", "flipped"}
 
 
-@made
 def test_the_readme_counts_what_is_there():
     text = (DATA / "README.md").read_text(encoding="utf-8")
     told = {name: int(rows.replace(",", "")) for name, rows in re.findall(r"^\| `(\S+)` \| ([\d,]+) \|", text, re.M)}

@@ -118,17 +118,34 @@ class Track:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """`init_from`: a run whose `sft` adapter the reward adapter starts as a copy of; None starts it at zero."""
+    """How the reward role starts and learns.
+
+    `init_from`: a run whose `sft` adapter the reward adapter starts as a copy of; None starts it at zero.
+    `pooling`: the head reads the last attended token, or the mean of all attended ones.
+    `label_smoothing`: the share of labels taken to be wrong. `center_coef`: pull of the scores towards 0.
+    `balance_length`: each epoch shows as many pairs whose chosen answer is the longer as pairs where it is the shorter.
+    `members`: adapters of an ensemble, each with its own start and order of the data.
+    """
 
     init_from: str | None = None
+    pooling: Literal["last", "mean"] = "last"
+    label_smoothing: float = ranged(0.0, 0, 0.5)
+    center_coef: float = ranged(0.01, 0)
+    balance_length: bool = False
+    members: int = ranged(1, 1, 9)
 
 
 @dataclass(frozen=True)
 class RewardSource:
-    """A reward run and its weight in the sum of scores."""
+    """A reward run and its weight in the sum of scores.
+
+    `combine`: of an ensemble's members the mean, the minimum, or the mean minus `std_coef` standard deviations.
+    """
 
     run: str
     weight: float = ranged(1.0, float("-inf"))
+    combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    std_coef: float = ranged(1.0, 0)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def test_a_function_gets_plain_texts_and_the_other_columns(module):
     """The last turn of each prompt, completions without their end-of-turn token, one list per column."""
     module("seen = {}\ndef fn(prompts, completions, **columns):\n    seen.update(locals())\n    return [1, 0.5]\n")
     reward = FunctionReward("my_rewards:fn", RENDERER)
-    assert reward(EXAMPLES, sequences("It is 4.", "Oui ça")) == [1.0, 0.5]
+    assert reward(EXAMPLES, sequences("It is 4.", "Oui ça")).scores == [1.0, 0.5]
     assert sys.modules["my_rewards"].seen == {
         "prompts": ["2+2?", "é?"],
         "completions": ["It is 4.", "Oui ça"],
@@ -151,9 +151,9 @@ def test_adapters_and_a_function_add_up_with_their_weights(module, tmp_path):
     backbone = tiny_backbone()
     total = load_rewards(recipe(reward_from=runs, reward="my_rewards:fn"), backbone, RENDERER)(examples, completions)
     assert backbone.roles == ["reward", "reward-2"]
-    one = AdapterReward(backbone, "reward", 1)(examples, completions)
+    one = AdapterReward(backbone, ["reward"], RewardSource("unused"), 1)(examples, completions).scores
     assert min(map(abs, one)) > 1e-3
-    assert total == pytest.approx([100.0 - one[0], 200.0 - one[1]], abs=1e-5)
+    assert total.scores == pytest.approx([100.0 - one[0], 200.0 - one[1]], abs=1e-5)
 
 
 def test_a_recipe_without_any_reward_is_told_both_keys():
@@ -191,4 +191,4 @@ def test_a_column_that_the_first_row_lacks_is_passed_too(module):
     module("def fn(prompts, completions, **columns):\n    return [float(a or 0) for a in columns['answer']]\n")
     reward = FunctionReward("my_rewards:fn", RENDERER)
     examples = [Example("row 1", TALK), Example("row 2", TALK, columns={"answer": "4"})]
-    assert reward(examples, sequences("a", "b")) == [0.0, 4.0]
+    assert reward(examples, sequences("a", "b")).scores == [0.0, 4.0]

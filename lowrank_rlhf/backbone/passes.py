@@ -1,12 +1,12 @@
 """What a forward of the base gives under the role that is on: states, log-probs, scores, values."""
 
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_rlhf.backbone.base import logit_transform
+from lowrank_rlhf.backbone.heads import ScalarHead
 from lowrank_rlhf.logps import chunked_logps, masked_targets
 
 
@@ -75,11 +75,9 @@ class Passes:
         return zeros.masked_scatter(completion_mask, logps), zeros.masked_scatter(completion_mask, entropy)
 
     def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The role's head at the last attended token of each row, whatever the padding side. Shape (B,)."""
-        hidden = self.hidden(input_ids, attention_mask)
-        columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        last = torch.where(attention_mask.bool(), columns, -1).argmax(dim=1)
-        return self.heads[role](hidden[torch.arange(len(last), device=last.device), last])
+        """What the role's head says of each row, whatever the padding side. Shape (B,)."""
+        head = cast(ScalarHead, self.heads[role])
+        return head.score(self.hidden(input_ids, attention_mask), attention_mask)
 
     def values(self, role: str, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
         """The role's head at the state *before* each completion token. Shape (B, T), 0 outside the completion."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_rlhf.backbone.base import BaseInfo, check_logit_path, load_base
 from lowrank_rlhf.backbone.guard import forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
-from lowrank_rlhf.backbone.heads import ScalarHead
+from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
 from lowrank_rlhf.backbone.passes import Passes
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
@@ -99,8 +99,9 @@ class Backbone(Passes):
         self.model.train(self.model.training)  # a new adapter's dropout would be in train mode in an eval-mode model
         self._select(self._active)
 
-    def add_head(self, role: str) -> None:
-        self.heads[role] = ScalarHead(self.model.config.get_text_config().hidden_size).to(self.model.device)
+    def add_head(self, role: str, pooling: Pooling = "last") -> None:
+        hidden_size = self.model.config.get_text_config().hidden_size
+        self.heads[role] = ScalarHead(hidden_size, pooling).to(self.model.device)
         self._apply_requires_grad()
 
     def copy_role(self, source: str, target: str) -> None:
@@ -115,7 +116,7 @@ class Backbone(Passes):
             self.copy_head(source, target)
 
     def copy_head(self, source: str, target: str) -> None:
-        self.add_head(target)
+        self.add_head(target, cast(ScalarHead, self.heads[source]).pooling)
         self.heads[target].load_state_dict(self.heads[source].state_dict())
 
     def train_only(self, *roles: str) -> None:

@@ -3,13 +3,15 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
 from lowrank_rlhf.backbone.roles import Backbone, copy_config
 from lowrank_rlhf.errors import UserError
 
@@ -42,7 +44,8 @@ def save_role(backbone: Backbone, role: str, folder: Path, card: str) -> None:
     saved.inference_mode = True
     saved.save_pretrained(str(scratch))
     if role in backbone.heads:
-        save_file(backbone.heads[role].state_dict(), scratch / HEAD)
+        head = cast(ScalarHead, backbone.heads[role])
+        save_file(head.state_dict(), scratch / HEAD, metadata={"pooling": head.pooling})
         input_ids = _probe_ids(backbone)
         (scratch / PROBE).write_text(
             json.dumps({"input_ids": input_ids.tolist(), "scores": _probe_scores(backbone, role, input_ids)})
@@ -83,9 +86,14 @@ def load_role(backbone: Backbone, folder: Path, role: str) -> None:
         backbone.add_head(role)
         backbone.heads[role].load_state_dict({"linear.weight": score.float()})
     if (folder / HEAD).is_file():
-        backbone.add_head(role)
+        backbone.add_head(role, _pooling(folder))
         backbone.heads[role].load_state_dict(load_file(folder / HEAD))
         _check_probe(backbone, role, folder)
+
+
+def _pooling(folder: Path) -> Pooling:
+    with safe_open(folder / HEAD, framework="pt") as file:
+        return cast(Pooling, (file.metadata() or {}).get("pooling", "last"))
 
 
 def _check_probe(backbone: Backbone, role: str, folder: Path) -> None:

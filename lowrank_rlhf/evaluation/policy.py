@@ -59,7 +59,7 @@ def evaluate_policy(
         max_new_tokens=renderer.data.max_completion_tokens,
         stop_ids=renderer.stop_ids,
     )
-    scores = reward(examples, sequences)
+    scores = reward(examples, sequences).scores
     mean, low, high = bootstrap_mean(scores, [e.prompt_key for e in examples])
     kls = sequence_kl(backbone, role, None, sequences, micro_batch_size)
     return PolicyReport(

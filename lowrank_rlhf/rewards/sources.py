@@ -6,28 +6,67 @@ import sys
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 from lowrank_rlhf.backbone import Backbone
-from lowrank_rlhf.config import PPORecipe
+from lowrank_rlhf.config import PPORecipe, RewardSource
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
-from lowrank_rlhf.runs import load_run_role
+from lowrank_rlhf.runs import load_run_role, read_run
 from lowrank_rlhf.scoring import score_sequences
+
+REWARD = "reward"  # the first member of a run's ensemble, and where it has no others the only one
+
+
+class Scored(NamedTuple):
+    """One score per completion, and how far the members of ensembles are apart on it (standard deviation, else 0)."""
+
+    scores: list[float]
+    disagreement: list[float]
 
 
 class Reward(Protocol):
-    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> list[float]: ...
+    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> Scored: ...
 
 
 class AdapterReward:
-    """A frozen reward role of the shared base."""
+    """The frozen reward roles of one run on the shared base: one, or the members of an ensemble.
 
-    def __init__(self, backbone: Backbone, role: str, micro_batch_size: int):
-        self.backbone, self.role, self.micro_batch_size = backbone, role, micro_batch_size
+    Args:
+        roles: of the members.
+        source: how their scores are combined.
+    """
 
-    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> list[float]:
-        return score_sequences(self.backbone, self.role, sequences, self.micro_batch_size)
+    def __init__(self, backbone: Backbone, roles: SequenceOf[str], source: RewardSource, micro_batch_size: int):
+        self.backbone, self.roles, self.source, self.micro_batch_size = backbone, roles, source, micro_batch_size
+
+    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> Scored:
+        members = self.members(sequences)
+        scores = combine(members, self.source.combine, self.source.std_coef)
+        return Scored(scores.tolist(), members.std(dim=0, correction=0).tolist())
+
+    def members(self, sequences: SequenceOf[Sequence]) -> Tensor:
+        """The score of each sequence by each member. Shape (members, B)."""
+        passes = [score_sequences(self.backbone, role, sequences, self.micro_batch_size) for role in self.roles]
+        return torch.tensor(passes, dtype=torch.float64)
+
+
+def combine(members: Tensor, how: str, std_coef: float) -> Tensor:
+    """Scores of an ensemble, (members, B) → (B,): its `mean`, its `min`, or `mean_minus_std`.
+
+    Mean − c·std is the uncertainty-weighted objective of Coste et al. 2023, arXiv:2310.02743, with the standard
+    deviation instead of the variance; their worst-case objective is the minimum.
+
+    >>> combine(torch.tensor([[1.0], [3.0]]), "mean_minus_std", std_coef=0.5)  # mean 2, deviation 1
+    tensor([1.5000])
+    """
+    if how == "min":
+        return members.min(dim=0).values
+    mean = members.mean(dim=0)
+    return mean if how == "mean" else mean - std_coef * members.std(dim=0, correction=0)
 
 
 class FunctionReward:
@@ -45,7 +84,7 @@ class FunctionReward:
         self.name, self.renderer = name, renderer
         self.function = _import(name)
 
-    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> list[float]:
+    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> Scored:
         prompts = [e.prompt[-1]["content"] for e in examples]
         completions = [self.renderer.decode(s.completion_ids) for s in sequences]
         names = dict.fromkeys(name for e in examples for name in e.columns)
@@ -60,18 +99,20 @@ class FunctionReward:
         for i, score in enumerate(scores):
             if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
                 raise UserError(f"reward: {self.name} returned {score!r} for completion {i + 1}: not a finite number")
-        return [float(score) for score in scores]
+        return Scored([float(score) for score in scores], [0.0] * len(scores))
 
 
 class WeightedSum:
-    """Several sources, each times its weight."""
+    """Several sources, each times its weight; their disagreements add up in the same way."""
 
     def __init__(self, parts: SequenceOf[tuple[Reward, float]]):
         self.parts = parts
 
-    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> list[float]:
-        columns = [[weight * score for score in source(examples, sequences)] for source, weight in self.parts]
-        return [sum(scores) for scores in zip(*columns, strict=True)]
+    def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> Scored:
+        scored = [(source(examples, sequences), weight) for source, weight in self.parts]
+        columns = [[weight * value for value in part.scores] for part, weight in scored]
+        spreads = [[abs(weight) * value for value in part.disagreement] for part, weight in scored]
+        return Scored(*([sum(values) for values in zip(*rows, strict=True)] for rows in (columns, spreads)))
 
 
 def load_rewards(recipe: PPORecipe, backbone: Backbone, renderer: Renderer) -> Reward:
@@ -82,16 +123,38 @@ def load_rewards(recipe: PPORecipe, backbone: Backbone, renderer: Renderer) -> R
     """
     parts: list[tuple[Reward, float]] = []
     for i, source in enumerate(recipe.reward_from, start=1):
-        role = "reward" if i == 1 else f"reward-{i}"
-        load_run_role(backbone, source.run, "reward", role, key=f"reward_from[{i - 1}].run")
-        if role not in backbone.heads:
-            raise UserError(f"reward_from[{i - 1}].run: {source.run} has no head.safetensors; is it a reward run?")
-        parts.append((AdapterReward(backbone, role, recipe.train.micro_batch_size), source.weight))
+        role = REWARD if i == 1 else f"{REWARD}-{i}"
+        roles = load_members(backbone, source.run, role, key=f"reward_from[{i - 1}].run")
+        parts.append((AdapterReward(backbone, roles, source, recipe.train.micro_batch_size), source.weight))
     if recipe.reward:
         parts.append((FunctionReward(recipe.reward, renderer), 1.0))
     if not parts:
         raise UserError("reward_from or reward: PPO needs a reward run or a module:function; the recipe has neither")
     return WeightedSum(parts)
+
+
+def member_names(role: str, members: int) -> list[str]:
+    """
+    >>> member_names("reward", 3)
+    ['reward', 'reward_2', 'reward_3']
+    """
+    return [role, *(f"{role}_{i}" for i in range(2, members + 1))]
+
+
+def load_members(backbone: Backbone, run_dir: str | Path, role: str, *, key: str) -> list[str]:
+    """Add the reward adapters of a run as `role`, `role_2`, …; returns these names.
+
+    Raises:
+        UserError: no such run, one of another base, or not a reward run; names `key`.
+    """
+    read_run(Path(run_dir), key)
+    members = sum(1 for _ in Path(run_dir, "adapters").glob(f"{REWARD}_*")) + 1
+    roles = member_names(role, members)
+    for saved, name in zip(member_names(REWARD, members), roles, strict=True):
+        load_run_role(backbone, run_dir, saved, name, key=key)
+        if name not in backbone.heads:
+            raise UserError(f"{key}: {run_dir} has no head.safetensors; is it a reward run?")
+    return roles
 
 
 def _import(name: str) -> Callable[..., Any]:

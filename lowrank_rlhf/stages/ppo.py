@@ -128,7 +128,8 @@ class PPO:
             max_new_tokens=recipe.data.max_completion_tokens,
             stop_ids=self.renderer.stop_ids,
         )
-        scores = torch.tensor(self.reward(examples, sequences))
+        scored = self.reward(examples, sequences)
+        scores = torch.tensor(scored.scores)
         missing_eos = torch.tensor([s.cut for s in sequences])
         scores = scores - recipe.rollout.missing_eos_penalty * missing_eos
         experiences = [
@@ -136,6 +137,7 @@ class PPO:
             for group in chunks(range(len(sequences)), recipe.train.micro_batch_size)
         ]
         metrics = objective_metrics(experiences, recipe.kl.coef)
+        metrics["objective/disagreement"] = sum(scored.disagreement) / len(sequences)
         metrics["val/num_eos_tokens"] = float((~missing_eos).sum())
         if recipe.ppo.whiten:
             experiences = whiten_advantages(experiences)

@@ -12,7 +12,7 @@ from lowrank_rlhf.backbone.tiny import tiny_tokenizer
 from lowrank_rlhf.config import Base, Data, Lora, PPORecipe, RewardSource
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
-from lowrank_rlhf.rewards import AdapterReward, FunctionReward, load_rewards
+from lowrank_rlhf.rewards import AdapterReward, FunctionReward, Scored, load_rewards
 from lowrank_rlhf.rewards.sources import WeightedSum
 from lowrank_rlhf.runs import Run
 
@@ -68,7 +68,7 @@ def test_a_function_gets_plain_texts_and_the_other_columns(module):
 
 
 def test_scores_keep_their_order_and_become_floats(module):
-    scores = call(module, "return [len(completion) for completion in completions]")
+    scores = call(module, "return [len(completion) for completion in completions]").scores
     assert scores == [8.0, 6.0]
     assert {type(score) for score in scores} == {float}
 
@@ -119,10 +119,15 @@ def test_a_name_that_is_not_a_function_is_told(name, words, module):
 
 
 def test_a_sum_weighs_each_source():
-    parts = [(lambda e, s: [1.0, 2.0], 2.0), (lambda e, s: [10.0, -10.0], -0.5), (lambda e, s: [5.0, 5.0], 0.0)]
-    assert WeightedSum(parts)(EXAMPLES, []) == [2.0 - 5.0, 4.0 + 5.0]
+    """2·1 − ½·10 and 2·2 + ½·10; disagreements 2·1 + ½·4: a weight's sign does not lower doubt."""
+
+    def source(scores, disagreement):
+        return lambda examples, sequences: Scored(scores, disagreement)
+
+    parts = [(source([1.0, 2.0], [1.0, 0.0]), 2.0), (source([10.0, -10.0], [4.0, 0.0]), -0.5)]
+    assert WeightedSum(parts)(EXAMPLES, []) == Scored([2.0 - 5.0, 4.0 + 5.0], [4.0, 0.0])
     with pytest.raises(ValueError, match="zip"):
-        WeightedSum([*parts, (lambda e, s: [1.0], 1.0)])(EXAMPLES, [])
+        WeightedSum([*parts, (source([1.0], [0.0]), 1.0)])(EXAMPLES, [])
 
 
 def recipe(**settings):

@@ -91,8 +91,8 @@ def test_a_saved_role_loads_with_plain_transformers_and_peft(base_and_source, tm
     assert torch.equal(theirs.logits, ours)
     assert not torch.equal(bare, ours), "the adapter must change something"
     head = load_file(tmp_path / "reward/head.safetensors")["linear.weight"]
-    # The last bit of this dot product depends on how its inputs are aligned in memory
-    assert_close(theirs.hidden_states[-1][:, -1].float() @ head[0], our_scores, atol=0, rtol=1e-6)
+    # The last bits of this dot product, whose terms nearly cancel, depend on how its inputs are aligned in memory
+    assert_close(theirs.hidden_states[-1][:, -1].float() @ head[0], our_scores, atol=1e-7, rtol=1e-6)
 
 
 def test_a_saved_role_loads_here_bit_for_bit(quantization, tmp_path):

@@ -157,16 +157,26 @@ def test_progress_is_silent_when_it_is_quick_and_tells_lines_where_there_is_no_t
 # In a run
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_every_stage_says_the_report_and_keeps_it(stage, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("stage", "format"),
+    [
+        ("sft", "completion, from columns completion, gold, prompt"),
+        (
+            "reward",
+            "preference, from columns chosen, flipped, gold_chosen, gold_rejected, must_mention, prompt, rejected",
+        ),
+        ("ppo", "prompt, from columns must_mention, prompt"),
+    ],
+)
+def test_every_stage_says_the_report_and_keeps_it(stage, format, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(Path(__file__).parent.parent)
     assert main([stage, "--config", f"recipes/{stage}.yaml", "--tiny", f"run_dir={tmp_path}/run"]) == 0
     found = json.loads((tmp_path / "run/run.json").read_text())["data_report"]
-    assert found["sources"][0]["format"] == "preference"
+    assert found["sources"][0]["format"] == format.partition(",")[0]
     assert (found["sources"][0]["rows"], found["sources"][0]["skipped"]) == (12, 0)
     assert len(found["rendered"]) == (6 if stage == "reward" else 3)
     out = capsys.readouterr().out
-    assert "12 rows, format: preference, from columns prompt, chosen, rejected" in out
+    assert f"12 rows, format: {format}" in out
     assert ("⟦" in out) == (stage != "ppo")
 
 

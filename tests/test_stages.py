@@ -20,7 +20,7 @@ from lowrank_rlhf.stages import ppo as ppo_stage
 from lowrank_rlhf.stages.ppo import PPO
 
 ROOT = Path(__file__).parent.parent
-STARTER = ROOT / "recipes/data/starter.jsonl"
+PROMPTS = ROOT / "recipes/quickstart/data/prompts_train.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_one_base_in_memory_in_every_stage(tmp_path, bases_seen):
 
 
 def ppo_recipe(*overrides: str) -> PPORecipe:
-    settings = [f"data.train={STARTER}", "reward=recipes.rewards:concise"]
+    settings = [f"data.train={PROMPTS}", "reward=recipes.rewards:concise"]
     return load_recipe(PPORecipe, overrides=settings + list(overrides), tiny=True)
 
 

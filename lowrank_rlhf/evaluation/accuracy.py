@@ -91,7 +91,7 @@ def accuracy_by(
 
     Args:
         names: the group of each pair; None is in no group.
-        order: names in the order that is wanted instead.
+        order: names that stand first, in this order.
 
     >>> [(g.name, g.pairs, g.accuracy[0]) for g in accuracy_by(["x", "y", "x"], [1, 1, -1], [1, 1, 1], "abc")]
     [('x', 2, 0.5), ('y', 1, 1.0)]
@@ -99,7 +99,7 @@ def accuracy_by(
     right, weight = rightness(margins), np.asarray(weights, dtype=np.float64)
     groups = []
     there = {name for name in names if name is not None}
-    for name in [name for name in order if name in there] or sorted(there):
+    for name in sorted(there, key=lambda name: (order.index(name) if name in order else len(order), name)):
         rows: NDArray[np.intp] = np.flatnonzero([other == name for other in names])
         who = [prompts[i] for i in rows]
         rate = bootstrap_mean(right[rows], who, weights=weight[rows])

@@ -15,10 +15,10 @@ LENGTH_ENDS = ((-0.5, "much shorter"), (-0.1, "shorter"), (0.1, "about as long")
 
 
 def by_quantile(values: ArrayLike, buckets: int = 4) -> list[str]:
-    """The quantile bucket of each value, numbered and named by its range; equal values share one, so there may be fewer.
+    """The quantile bucket of each value, numbered and named by its range; equal values share one.
 
     Edges are values of the data (inverted empirical distribution function); a bucket holds what is above the edge
-    before it and at most its own.
+    before it and at most its own. Many equal values make fewer buckets.
 
     >>> by_quantile([1.0, 2.0, 3.0, 4.0], buckets=2)
     ['1: 1 to 2', '1: 1 to 2', '2: 3 to 4', '2: 3 to 4']

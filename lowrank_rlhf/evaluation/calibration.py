@@ -157,8 +157,12 @@ def scale_temperature(margins: ArrayLike, weights: ArrayLike, judged: ArrayLike)
     temperature = fit_temperature(m[~test], weight[~test])
     if temperature is None:
         perfect = not (m[~test] < 0).any() and bool((m[~test] > 0).any())
-        return "every pair of the half it is fitted on is right, so any lower temperature is better" if perfect else (
-            "on the half it is fitted on the scores are no better than chance, so any higher temperature is better"
+        return (
+            "every pair of the half it is fitted on is right, so any lower temperature is better"
+            if perfect
+            else (
+                "on the half it is fitted on the scores are no better than chance, so any higher temperature is better"
+            )
         )
     before, after = fit_of(m[test], weight[test]), fit_of(m[test], weight[test], temperature)
     return TemperatureScaling(temperature, int((~test).sum()), int(test.sum()), before, after)

@@ -65,12 +65,14 @@ def _accuracy(pairs: ScoredPairs) -> dict[str, Any]:
 
 def _groups(pairs: ScoredPairs, by: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Accuracy by the score margin, the rows' own margin, the length difference, and columns."""
-    names: dict[str, Sequence[str | None]] = {"score margin |r(chosen) − r(rejected)|": by_quantile(np.abs(pairs.margins))}
+    names: dict[str, Sequence[str | None]] = {
+        "score margin |r(chosen) − r(rejected)|": by_quantile(np.abs(pairs.margins))
+    }
     given = [example.margin for example in pairs.examples]
     if any(margin is not None for margin in given):
         bucket = iter(by_quantile([margin for margin in given if margin is not None]))
         names["margin in the data"] = [None if margin is None else next(bucket) for margin in given]
-    names["length of the chosen answer"] = by_length(pairs.tokens[:, 0], pairs.tokens[:, 1])
+    names["length of the chosen answer beside the rejected one"] = by_length(pairs.tokens[:, 0], pairs.tokens[:, 1])
     for column in by:
         names[column] = by_value([example.columns.get(column) for example in pairs.examples])
     order = [name for _, name in LENGTH_ENDS]

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from lowrank_rlhf.evaluation.accuracy import rightness
 from lowrank_rlhf.evaluation.intervals import Floats
 
-MOST_BINS, PAIRS_PER_BIN = 10, 10
+MOST_BINS, PAIRS_PER_BIN = 10, 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def nll(margins: ArrayLike, temperature: float = 1.0) -> Floats:
 
 
 def reliability(margins: ArrayLike, weights: ArrayLike, temperature: float = 1.0) -> list[Bin]:
-    """Bins of equally many pairs in the order of their confidence: 10, or fewer that hold 10 pairs each.
+    """Bins of equally many pairs in the order of their confidence: 10, or fewer that hold 20 pairs each.
 
     >>> [(b.pairs, round(b.confidence, 2), b.accuracy) for b in reliability([0.0, np.log(3.0)], [1, 1])]
     [(2, 0.62, 0.75)]

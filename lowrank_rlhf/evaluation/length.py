@@ -113,9 +113,9 @@ def verdict(bias: LengthBias) -> str:
         f"(correlation {correlation:.2f} between the differences in score and in length)"
     )
     if share >= DECIDES_SHARE and strength >= DECIDES_CORRELATION:
-        parts = [("longer", bias.right_where_longer), ("shorter", bias.right_where_shorter)]
-        shown = [f"right in {100 * rate:.0f} % where it is {name}" for name, rate in parts if rate is not None]
-        return f"length decides: {what}; the chosen answer wins, {' and '.join(shown)}"
+        rates = [("longer", bias.right_where_longer), ("shorter", bias.right_where_shorter)]
+        right = " and ".join(f"{100 * rate:.0f} % where it is the {name}" for name, rate in rates if rate is not None)
+        return f"length decides: {what}; the chosen answer wins in {right}"
     if share >= MATTERS_SHARE or strength >= MATTERS_CORRELATION:
         return f"length matters: {what}"
     return f"length does not decide: {what}"

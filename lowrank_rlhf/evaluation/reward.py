@@ -135,8 +135,10 @@ def score_pairs(reward: AdapterReward, renderer: Renderer, examples: SequenceOf[
         [reward.members([answers[i] for i in rows]) for rows in progress(passes, "scoring", len(passes))], 1
     )
     scores = combine(members, reward.source.combine, reward.source.std_coef)
-    for i in np.flatnonzero(~np.isfinite(members.numpy()).all(axis=0))[:1]:
-        raise UserError(f"RUN: its score of an answer in {examples[i // 2].where} is not a finite number")
+    unusable = np.flatnonzero(~np.isfinite(members.numpy()).all(axis=0))
+    if unusable.size:
+        where = examples[int(unusable[0]) // 2].where
+        raise UserError(f"RUN: {reward.source.run}: its score of an answer in {where} is not a finite number")
     number: dict[tuple[tuple[int, ...], ...], int] = {}
     same = [number.setdefault((tuple(s.prompt_ids), tuple(s.completion_ids)), len(number)) for s in answers]
     return ScoredPairs(

@@ -21,7 +21,6 @@ def plot_report(folder: Path, report: dict[str, Any], margins: ArrayLike) -> lis
             _margins(axes, margins)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
         scratch, path = folder / f".{name}.tmp.png", folder / f"{name}.png"
         figure.savefig(scratch)
         files.append(scratch.replace(path))
@@ -36,10 +35,19 @@ def _calibration(axes: Any, calibration: dict[str, Any]) -> None:
     for label, bins in curves.items():
         points = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
         axes.plot(*points, marker="o", markersize=4, linewidth=1.5, label=label)
-    axes.set(title="Calibration", xlabel="confidence σ(|margin|)", ylabel="share right", xlim=(0.49, 1.01))
+    axes.set(
+        title="Calibration",
+        xlabel="confidence σ(|margin|)",
+        ylabel="share right",
+        xlim=(0.49, 1.01),
+        ylim=(-0.02, 1.02),
+    )
+    axes.legend(frameon=False)
 
 
 def _margins(axes: Any, margins: ArrayLike) -> None:
     axes.hist(margins, bins=40)
-    axes.axvline(0, color="black", linewidth=1, label="right of the line: the chosen answer wins")
-    axes.set(title="Margins", xlabel="score of chosen − score of rejected", ylabel="pairs")
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set(
+        title="Margins: right of 0 the chosen answer wins", xlabel="score of chosen − score of rejected", ylabel="pairs"
+    )

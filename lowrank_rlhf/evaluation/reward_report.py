@@ -64,8 +64,8 @@ def tables(report: dict[str, Any]) -> Iterator[Table]:
     for title, groups in report["groups"].items():
         rows = [[g["name"], f"{g['pairs']}", f"{g['prompts']}", *shown(g["accuracy"])] for g in groups]
         yield Table(f"Accuracy by {title}", ["group", "pairs", "prompts", "accuracy", "95 %, by prompt"], rows)
-    if report["ensemble"]:
-        halves = zip(("members agree more", "members agree less"), report["ensemble"]["halves"], strict=False)
+    if report["ensemble"] and len(report["ensemble"]["halves"]) == 2:
+        halves = zip(("members agree more", "members agree less"), report["ensemble"]["halves"], strict=True)
         rows = [[f"{who} ({g['name'][3:]})", f"{g['pairs']}", *shown(g["accuracy"])] for who, g in halves]
         yield Table("Accuracy by disagreement", ["half (deviation)", "pairs", "accuracy", "95 %, by prompt"], rows)
     yield _calibration(report["calibration"])

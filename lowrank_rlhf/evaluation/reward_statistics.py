@@ -72,7 +72,7 @@ def _groups(pairs: ScoredPairs, by: Sequence[str]) -> dict[str, list[dict[str, A
     if any(margin is not None for margin in given):
         bucket = iter(by_quantile([margin for margin in given if margin is not None]))
         names["margin in the data"] = [None if margin is None else next(bucket) for margin in given]
-    names["length of the chosen answer beside the rejected one"] = by_length(pairs.tokens[:, 0], pairs.tokens[:, 1])
+    names["length of chosen beside rejected"] = by_length(pairs.tokens[:, 0], pairs.tokens[:, 1])
     for column in by:
         names[column] = by_value([example.columns.get(column) for example in pairs.examples])
     order = [name for _, name in LENGTH_ENDS]

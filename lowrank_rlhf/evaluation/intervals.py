@@ -72,11 +72,11 @@ def bootstrap_statistic(
     if value is None:
         return None
     owner = _owners(clusters)
-    rows = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1])
+    order, sizes = np.argsort(owner, kind="stable"), np.bincount(owner)
     found = []
-    for draw in (draw for draws in _draws(len(rows), resamples, seed) for draw in draws):
-        drawn = np.concatenate([rows[cluster] for cluster in draw])
-        again = statistic(*(array[drawn] for array in arrays))
+    for draw in (draw for draws in _draws(len(sizes), resamples, seed) for draw in draws):
+        rows = order[_ranges((np.cumsum(sizes) - sizes)[draw], sizes[draw])]
+        again = statistic(*(array[rows] for array in arrays))
         if again is not None:
             found.append(again)
     if 2 * len(found) < resamples:
@@ -89,6 +89,15 @@ def _owners(clusters: Sequence[Hashable]) -> NDArray[np.intp]:
     """The number of each row's cluster, in the order in which they appear."""
     keys = {key: i for i, key in enumerate(dict.fromkeys(clusters))}
     return np.array([keys[c] for c in clusters], dtype=np.intp)
+
+
+def _ranges(starts: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """start, start + 1, … of each range, one after the other.
+
+    >>> _ranges(np.array([5, 0]), np.array([3, 2]))
+    array([5, 6, 7, 0, 1])
+    """
+    return np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes)
 
 
 def _draws(clusters: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:

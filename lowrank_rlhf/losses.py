@@ -5,14 +5,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+def bradley_terry_loss(
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    *,
+    margin: Tensor | float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Reward-model loss, one value per pair.
 
-    −log σ(r_chosen − r_rejected); Ouyang et al. 2022, arXiv:2203.02155, eq. 1.
+    −(1 − ε) log σ(d) − ε log σ(−d) with d = r_chosen − r_rejected − margin. Without margin and ε: Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 1. Margin: Touvron et al. 2023, arXiv:2307.09288, eq. 2. ε is the probability that a label is
+    wrong, as in conservative DPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf).
 
     Args:
         chosen_scores: shape (B,).
         rejected_scores: shape (B,).
+        margin: by how much the chosen answer is to lead, in units of the score. Shape (B,).
+        label_smoothing: ε in [0, 0.5].
 
     Returns:
         Shape (B,).
@@ -20,7 +30,21 @@ def bradley_terry_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor
     >>> bradley_terry_loss(torch.zeros(1), torch.zeros(1))  # no preference: log 2
     tensor([0.6931])
     """
-    return -F.logsigmoid(chosen_scores - rejected_scores)
+    lead = chosen_scores - rejected_scores - margin
+    loss = -F.logsigmoid(lead)
+    # Not a weighted sum at ε = 0: 0 times the infinite loss of a wrong label would not be 0
+    return (1 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-lead) if label_smoothing else loss
+
+
+def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """(r_chosen + r_rejected)², one value per pair: what keeps scores near 0, which differences leave free.
+
+    Eisenstein et al. 2023, arXiv:2312.09244, section 2.
+
+    >>> centering_loss(torch.tensor([1.0, 2.0]), torch.tensor([-1.0, 1.0]))
+    tensor([0., 9.])
+    """
+    return (chosen_scores + rejected_scores) ** 2
 
 
 def ppo_policy_loss(

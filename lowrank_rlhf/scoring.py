@@ -14,13 +14,14 @@ from lowrank_rlhf.data.rendering import Sequence
 def score_sequences(
     backbone: Backbone, role: str, sequences: SequenceOf[Sequence], micro_batch_size: int
 ) -> list[float]:
-    """Score of each prompt-and-completion under a role with a head, in order."""
-    scores: list[float] = []
+    """Score of each prompt-and-completion under a role with a head, in order; forwards take those of like length."""
+    scores = torch.zeros(len(sequences))
+    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
     with backbone.use(role):
-        for group in chunks(range(len(sequences)), micro_batch_size):
+        for group in chunks(by_length, micro_batch_size):
             batch = pad_batch([sequences[i] for i in group], backbone.info.pad_token_id).to(backbone.model.device)
-            scores += backbone.scores(role, batch.input_ids, batch.attention_mask).tolist()
-    return scores
+            scores[group] = backbone.scores(role, batch.input_ids, batch.attention_mask).cpu()
+    return list(scores.tolist())
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from lowrank_rlhf.backbone import Backbone
-from lowrank_rlhf.config import Base, Lora
+from lowrank_rlhf.config import Base, Lora, RewardModel
 from lowrank_rlhf.data import Sequence, pad_batch
 from lowrank_rlhf.data.batches import chunks, pad_left
 from lowrank_rlhf.scoring import policy_logps, score_sequences
+from lowrank_rlhf.stages.comparisons import Comparison
 from lowrank_rlhf.stages.reward import step_gradients
 
 PAD = 257
@@ -123,27 +124,32 @@ def test_the_micro_batch_changes_no_score_and_no_order(backbone):
 def gradients(backbone, pairs, micro_batch_size):
     for parameter in backbone.parameters("reward"):
         parameter.grad = None
-    result = step_gradients(backbone, pairs, micro_batch_size)
+    comparisons = [Comparison(f"prompt {i}", list(pair), [(0, 1)], [0.0]) for i, pair in enumerate(pairs)]
+    result = step_gradients(backbone, "reward", comparisons, micro_batch_size, RewardModel())
     return result, [parameter.grad.clone() for parameter in backbone.parameters("reward")]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(backbone):
     """Also where the last micro-batch is smaller: every pair weighs 1/5, whatever group it is in."""
     pairs = list(zip(texts(5, seed=5), texts(5, seed=25), strict=True))
-    (loss, accuracy, tokens), whole = gradients(backbone, pairs, 5)
+    (metrics, tokens), whole = gradients(backbone, pairs, 5)
     assert max(float(g.abs().max()) for g in whole) > 1e-2
     chosen, rejected = (score_sequences(backbone, "reward", side, 5) for side in zip(*pairs, strict=True))
-    assert accuracy == sum(c > r for c, r in zip(chosen, rejected, strict=True)) / 5 == 0.4
+    wins = sum(c > r for c, r in zip(chosen, rejected, strict=True))
+    assert metrics["rewards/accuracies"] == pytest.approx(wins / 5)
+    assert wins == 2
+    assert metrics["rewards/mean"] == pytest.approx(sum(chosen + rejected) / 10, abs=1e-6)
+    assert metrics["rewards/margins"] == pytest.approx((sum(chosen) - sum(rejected)) / 5, abs=1e-6)
     assert tokens == sum(len(s.ids) for pair in pairs for s in pair)
     for size in (1, 2, 3, 4):
         result, accumulated = gradients(backbone, pairs, size)
         assert_close(accumulated, whole, **CLOSE)
-        assert result == (pytest.approx(loss, abs=1e-6), accuracy, tokens)
+        assert result == (pytest.approx(metrics, abs=1e-6), tokens)
 
 
 def test_gradients_of_a_batch_are_the_mean_over_its_pairs(backbone):
     pairs = list(zip(texts(3, seed=3), texts(3, seed=4), strict=True))
-    (loss, _, _), whole = gradients(backbone, pairs, 3)
+    (metrics, _), whole = gradients(backbone, pairs, 3)
     alone = [gradients(backbone, [pair], 1) for pair in pairs]
     assert_close(whole, [sum(parts) / 3 for parts in zip(*(g for _, g in alone), strict=True)], **CLOSE)
-    assert loss == pytest.approx(sum(result[0] for result, _ in alone) / 3, abs=1e-6)
+    assert metrics["loss"] == pytest.approx(sum(result[0]["loss"] for result, _ in alone) / 3, abs=1e-6)

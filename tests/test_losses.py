@@ -11,7 +11,7 @@ from reference import agrees_in_float64_and, draw, random_masks
 from torch.testing import assert_close
 
 from lowrank_rlhf.advantages import masked_mean
-from lowrank_rlhf.losses import bradley_terry_loss, ppo_policy_loss, ppo_value_loss
+from lowrank_rlhf.losses import bradley_terry_loss, centering_loss, ppo_policy_loss, ppo_value_loss
 
 
 def uniform(seed, low=-1.0, high=1.0):
@@ -37,6 +37,36 @@ def test_bradley_terry_and_its_gradient_by_hand(margin, loss, gradient):
     value = bradley_terry_loss(chosen, rejected)
     value.sum().backward()
     assert_close([value, chosen.grad, rejected.grad], [torch.tensor([x]) for x in (loss, -gradient, gradient)])
+
+
+@pytest.mark.parametrize(
+    ("margin", "label_smoothing", "loss", "gradient"),
+    [
+        (math.log(3), 0.0, math.log(2), 1 / 2),
+        (2 * math.log(3), 0.0, math.log(4), 3 / 4),
+        (0.0, 0.25, 0.75 * math.log(4 / 3) + 0.25 * math.log(4), 0.0),
+        (0.0, 0.5, 0.5 * math.log(4 / 3) + 0.5 * math.log(4), -1 / 4),
+        (math.log(3), 0.1, math.log(2), 0.4),
+    ],
+)
+def test_margin_and_label_smoothing_by_hand(margin, label_smoothing, loss, gradient):
+    """r_chosen − r_rejected = log 3, so the lead is log 3 − margin: σ(0) = ½, σ(−log 3) = ¼, σ(log 3) = ¾.
+
+    d/dlead = −(1 − ε)(1 − σ) + ε σ: at σ = ¾ and ε = ¼ it is −3/16 + 3/16 = 0, for one label in four is wrong and
+    ¾ is the right probability; at ε = ½ it is −1/8 + 3/8. At σ = ½ and ε = 0.1 it is −0.45 + 0.05.
+    """
+    chosen, rejected = torch.tensor([math.log(3) + 2], requires_grad=True), torch.tensor([2.0])
+    value = bradley_terry_loss(chosen, rejected, margin=torch.tensor([margin]), label_smoothing=label_smoothing)
+    value.sum().backward()
+    assert_close([value, chosen.grad], [torch.tensor([loss]), torch.tensor([-gradient])])
+
+
+def test_centering_pulls_both_scores_by_twice_their_sum():
+    """(3 − 1)² = 4; the derivative for either score is 2 · (3 − 1)."""
+    chosen, rejected = torch.tensor([3.0], requires_grad=True), torch.tensor([-1.0], requires_grad=True)
+    value = centering_loss(chosen, rejected)
+    value.sum().backward()
+    assert [t.item() for t in (value, chosen.grad, rejected.grad)] == [4.0, 4.0, 4.0]
 
 
 @pytest.mark.parametrize(

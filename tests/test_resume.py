@@ -54,8 +54,8 @@ def _child(log, moment, count, arguments):
     os._exit(status)
 
 
-def arguments(stage, run_dir, steps):
-    changes = [f"train.max_steps={steps}", "save.steps=2", f"run_dir={run_dir}"]
+def arguments(stage, run_dir, steps, *more):
+    changes = [*more, f"train.max_steps={steps}", "save.steps=2", f"run_dir={run_dir}"]
     if stage == "ppo":
         changes.append("ppo.inner_epochs=1")
     else:
@@ -71,13 +71,13 @@ def steps_logged(run_dir):
     return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def check(tmp_path, stage, disturbances, steps):
+def check(tmp_path, stage, disturbances, steps, *more):
     """The disturbed run ends with the weights and the metrics rows of the undisturbed one."""
     log, whole, broken = tmp_path / "log", tmp_path / "whole", tmp_path / "broken"
-    assert attempt(log, "never", 1, *arguments(stage, whole, steps)) == 0, log.read_text()
+    assert attempt(log, "never", 1, *arguments(stage, whole, steps, *more)) == 0, log.read_text()
     resume = []
     for moment, count, status in disturbances:
-        assert attempt(log, moment, count, *arguments(stage, broken, steps), *resume) == status, log.read_text()
+        assert attempt(log, moment, count, *arguments(stage, broken, steps, *more), *resume) == status, log.read_text()
         assert "final" not in json.loads((broken / "run.json").read_text()), "it was to be disturbed before its end"
         if moment == "sigterm":
             assert f"lowrank-rlhf {stage} --config {broken}/recipe.yaml --resume" in log.read_text()
@@ -85,7 +85,7 @@ def check(tmp_path, stage, disturbances, steps):
             assert "the disk is full" in log.read_text()
             assert "Traceback" not in log.read_text()
         resume = ["--resume"]
-    assert attempt(log, "never", 1, *arguments(stage, broken, steps), "--resume") == 0, log.read_text()
+    assert attempt(log, "never", 1, *arguments(stage, broken, steps, *more), "--resume") == 0, log.read_text()
     assert weights(whole)
     assert weights(broken) == weights(whole)
     assert steps_logged(broken) == steps_logged(whole)
@@ -97,6 +97,12 @@ KILLED = -signal.SIGKILL
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
     """Once between two steps, once inside the write of a checkpoint."""
     check(tmp_path, "ppo", [("log", 5, KILLED), ("write", 2, KILLED)], steps=8)
+
+
+def test_an_ensemble_goes_on_with_the_member_that_was_learning(tmp_path):
+    """Six steps a member: killed in the first, between them and in the second."""
+    kills = [("log", 4, KILLED), ("log", 6, KILLED), ("log", 4, KILLED)]
+    check(tmp_path, "reward", kills, 6, "reward_model.members=2", "eval.steps=3", "eval.patience=9")
 
 
 @pytest.mark.slow

@@ -1,53 +1,61 @@
-"""Reward modelling: a Bradley–Terry loss over the `reward` role and its fp32 head."""
+"""Reward modelling: a Bradley–Terry loss over the `reward` role and its fp32 head, or over several of them.
+
+Of a row with K answers all pairs are in one batch and each answer is scored once (Ouyang et al. 2022,
+arXiv:2203.02155, section 3.5); every row counts once, however many pairs it has.
+"""
 
 from collections.abc import Sequence as SequenceOf
 
 import torch
+from torch import Tensor
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.checkpoints import load_state, save_state
-from lowrank_rlhf.config import RewardRecipe
-from lowrank_rlhf.data import Example, Renderer, Sequence, Sizes, data_report, load_preferences, pad_batch, print_report
+from lowrank_rlhf.config import RewardModel, RewardRecipe
+from lowrank_rlhf.data import Renderer, Sizes, data_report, load_preferences, pad_batch, print_report
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.evaluation.intervals import bootstrap_mean
-from lowrank_rlhf.losses import bradley_terry_loss
-from lowrank_rlhf.progress import Progress, progress
+from lowrank_rlhf.losses import bradley_terry_loss, centering_loss
+from lowrank_rlhf.progress import Progress
+from lowrank_rlhf.rewards import member_names
 from lowrank_rlhf.runs import Run, load_run_role
 from lowrank_rlhf.scoring import score_sequences
+from lowrank_rlhf.stages.comparisons import Comparison, Order, micro_batches, tokenize
 from lowrank_rlhf.stages.early_stopping import Best
 from lowrank_rlhf.stages.optim import optimizer_and_schedule
 
 ROLE = "reward"
-Pair = tuple[Sequence, Sequence]  # chosen, rejected
+Metrics = dict[str, float]
 
 
 def train(recipe: RewardRecipe, run: Run) -> None:
-    """Train the `reward` role and save it with its head; metrics hold held-out loss and accuracy from step 0 on."""
+    """Train the `reward` role, or each member of an ensemble, and save them with their heads.
+
+    Metrics hold held-out loss and accuracy from step 0 on; the members' steps follow each other.
+    """
     train_examples, eval_examples = load_preferences(recipe.data)
-    torch.manual_seed(recipe.seed)
     backbone = Backbone(recipe.base)
-    if recipe.reward_model.init_from:
-        load_run_role(backbone, recipe.reward_model.init_from, "sft", ROLE, key="reward_model.init_from")
-        backbone.add_head(ROLE)
-    else:
-        backbone.add_role(ROLE, recipe.lora, head=True)
-    backbone.train_only(ROLE)
+    roles = member_names(ROLE, recipe.reward_model.members)
+    for i, role in enumerate(roles):
+        torch.manual_seed(recipe.seed + i)
+        start(recipe, backbone, role)
     if recipe.train.gradient_checkpointing:
         backbone.enable_gradient_checkpointing()
     renderer = Renderer(backbone.tokenizer, recipe.data, backbone.context)
-    pairs, eval_pairs = tokenize(train_examples, renderer), tokenize(eval_examples, renderer)
-    sizes = Sizes.of(sequence for pair in pairs for sequence in pair)
+    comparisons, held_out = tokenize(train_examples, renderer), tokenize(eval_examples, renderer)
+    sizes = Sizes.of(answer for comparison in comparisons for answer in comparison.answers)
     report = data_report("preferences", train_examples, eval_examples, renderer, sizes)
     print_report(report)
     run.start(backbone, data_hash(recipe.data), data_report=report)
 
-    prompts = [e.prompt_key for e in eval_examples]
     if run.checkpoint is None:
-        run.log(0, evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size))
-    optimize(recipe, backbone, run, pairs, eval_pairs, prompts)
-    last = evaluate(backbone, eval_pairs, prompts, recipe.train.micro_batch_size)
-    run.save_role(backbone, ROLE, last)
+        run.log(0, evaluate(backbone, roles[:1], held_out, recipe.train.micro_batch_size))
+    for member in range(len(roles)):
+        Training(recipe, backbone, run, comparisons, held_out, member).train()
+    last = evaluate(backbone, roles, held_out, recipe.train.micro_batch_size)
+    for role in roles:
+        run.save_role(backbone, role, last)
     run.finish(**last)
     if last:
         low, high = last["eval_accuracy_low"], last["eval_accuracy_high"]
@@ -55,97 +63,177 @@ def train(recipe: RewardRecipe, run: Run) -> None:
     print(f"reward: saved in {run.dir}", flush=True)
 
 
-def tokenize(examples: SequenceOf[Example], renderer: Renderer) -> list[Pair]:
-    return [
-        (
-            renderer.sequence(e.prompt, e.chosen or [], e.where),
-            renderer.sequence(e.prompt, e.rejected or [], e.where),
+def start(recipe: RewardRecipe, backbone: Backbone, role: str) -> None:
+    """Add `role`, at zero or as a copy of an SFT run's adapter, with a head at zero."""
+    settings = recipe.reward_model
+    if settings.init_from:
+        load_run_role(backbone, settings.init_from, "sft", role, key="reward_model.init_from")
+    else:
+        backbone.add_role(role, recipe.lora)
+    backbone.add_head(role, settings.pooling)
+
+
+class Training:
+    """The loop of one member: shuffle, split into steps, accumulate micro-batches, step."""
+
+    def __init__(
+        self,
+        recipe: RewardRecipe,
+        backbone: Backbone,
+        run: Run,
+        comparisons: list[Comparison],
+        held_out: list[Comparison],
+        member: int,
+    ):
+        self.recipe, self.backbone, self.run = recipe, backbone, run
+        self.comparisons, self.held_out = comparisons, held_out
+        self.role = member_names(ROLE, member + 1)[-1]
+        train, settings = recipe.train, recipe.reward_model
+        self.order = Order(comparisons, balance_length=settings.balance_length, seed=recipe.seed + member)
+        self.steps = train.max_steps or max(1, round(train.epochs * -(-len(self.order) // train.batch_size)))
+        self.first, self.total = member * self.steps, settings.members * self.steps  # steps of the whole run
+        self.batches: list[list[int]] = []
+        self.best = Best(backbone.parameters(self.role), recipe.eval)
+
+    def train(self) -> None:
+        run, step = self.run, int(self.run.checkpoint.name.rpartition("-")[2]) if self.run.checkpoint else 0
+        if step > self.first + self.steps:
+            return  # the checkpoint is of a later member
+        self.backbone.train_only(self.role)
+        self.optimizer, self.schedule = optimizer_and_schedule(
+            self.backbone.parameters(self.role), self.recipe.train, self.steps
         )
-        for e in progress(examples, "tokenising", len(examples))
-    ]
-
-
-def optimize(
-    recipe: RewardRecipe,
-    backbone: Backbone,
-    run: Run,
-    pairs: list[Pair],
-    eval_pairs: list[Pair],
-    prompts: list[str],
-) -> None:
-    """The training loop: shuffle, split into steps, accumulate micro-batches, step."""
-    train = recipe.train
-    steps_per_epoch = -(-len(pairs) // train.batch_size)
-    steps = train.max_steps or max(1, round(train.epochs * steps_per_epoch))
-    optimizer, schedule = optimizer_and_schedule(backbone.parameters(ROLE), train, steps)
-    shuffle = torch.Generator().manual_seed(recipe.seed)
-    order: list[list[int]] = []
-    done = 0
-    optimizers = {ROLE: (optimizer, schedule)}
-    best = Best(backbone.parameters(ROLE), recipe.eval)
-    if run.checkpoint:
-        cursor = load_state(run.checkpoint, backbone, optimizers)
-        done, order = cursor["step"], cursor["order"]
-        shuffle.set_state(cursor["shuffle"])
-        best.load_state_dict(cursor["best"])
-    line = Progress("reward", steps, done)
-    for step in range(done + 1, steps + 1):
-        if not order:
-            order = chunks(torch.randperm(len(pairs), generator=shuffle).tolist(), train.batch_size)
-        loss, accuracy, tokens = step_gradients(backbone, [pairs[i] for i in order.pop(0)], train.micro_batch_size)
-        grad_norm = torch.nn.utils.clip_grad_norm_(backbone.parameters(ROLE), train.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        metrics = {"loss": loss, "rewards/accuracies": accuracy, "grad_norm": float(grad_norm)}
-        speed = line.step(step, tokens, loss=loss, accuracy=accuracy)
-        run.log(step, {**metrics, "lr": float(schedule.get_last_lr()[0]), **speed})
-        if recipe.eval.steps and (step % recipe.eval.steps == 0 or step == steps):
-            held_out = evaluate(backbone, eval_pairs, prompts, train.micro_batch_size)
-            run.log(step, held_out)
-            if held_out and best.update(-held_out["eval_accuracy"]):
-                print(f"reward: no better held-out accuracy for {recipe.eval.patience} evaluations, stopping")
+        done = self.load() if run.checkpoint and step > self.first else self.first
+        line = Progress("reward", self.total, done)
+        for step in range(done + 1, self.first + self.steps + 1):
+            metrics, tokens = self.step()
+            speed = line.step(step, tokens, loss=metrics["loss"], accuracy=metrics["rewards/accuracies"])
+            run.log(step, metrics | speed)
+            if self.evaluate(step):
+                print(f"reward: no better held-out accuracy for {self.recipe.eval.patience} evaluations, stopping")
                 break
-        if run.is_due(step) and step < steps:
-            with run.write_checkpoint(step) as folder:
-                cursor = {"step": step, "order": order, "shuffle": shuffle.get_state(), "best": best.state_dict()}
-                save_state(folder, backbone, optimizers, **cursor)
-    best.restore()
+            if run.is_due(step) and step < self.total:
+                self.save(step)
+        self.best.restore()
+
+    def step(self) -> tuple[Metrics, int]:
+        train = self.recipe.train
+        if not self.batches:
+            self.batches = chunks(self.order.epoch(), train.batch_size)
+        batch = [self.comparisons[i] for i in self.batches.pop(0)]
+        metrics, tokens = step_gradients(
+            self.backbone, self.role, batch, train.micro_batch_size, self.recipe.reward_model
+        )
+        norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(self.role), train.max_grad_norm)
+        metrics |= {"grad_norm": float(norm), "lr": float(self.schedule.get_last_lr()[0])}
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics, tokens
+
+    def evaluate(self, step: int) -> bool:
+        """Judge on the held-out rows where it is time to; whether the training is to stop."""
+        every = self.recipe.eval.steps
+        if not every or not self.held_out or (step % every and step < self.first + self.steps):
+            return False
+        metrics = evaluate(self.backbone, [self.role], self.held_out, self.recipe.train.micro_batch_size)
+        self.run.log(step, metrics)
+        print(
+            f"reward held out, step {step}  loss {metrics['eval_loss']:.3f}  accuracy {metrics['eval_accuracy']:.3f}",
+            flush=True,
+        )
+        return self.best.update(-metrics["eval_accuracy"])
+
+    def save(self, step: int) -> None:
+        with self.run.write_checkpoint(step) as folder:
+            cursor = {"step": step, "batches": self.batches, "shuffle": self.order.generator.get_state()}
+            optimizers = {self.role: (self.optimizer, self.schedule)}
+            save_state(folder, self.backbone, optimizers, **cursor, best=self.best.state_dict())
+
+    def load(self) -> int:
+        """Everything as it was after the step that is returned."""
+        assert self.run.checkpoint is not None
+        cursor = load_state(self.run.checkpoint, self.backbone, {self.role: (self.optimizer, self.schedule)})
+        self.batches = cursor["batches"]
+        self.order.generator.set_state(cursor["shuffle"])
+        self.best.load_state_dict(cursor["best"])
+        return int(cursor["step"])
 
 
-def step_gradients(backbone: Backbone, pairs: list[Pair], micro_batch_size: int) -> tuple[float, float, int]:
-    """Accumulate the gradient of the mean loss over `pairs`; a pair shares one forward.
+def step_gradients(
+    backbone: Backbone, role: str, comparisons: list[Comparison], micro_batch_size: int, settings: RewardModel
+) -> tuple[Metrics, int]:
+    """Accumulate the gradient of the mean loss over `comparisons`; each counts once, and its pairs share a forward.
 
     Returns:
-        mean loss, accuracy, tokens seen.
+        mean loss, accuracy, score and margin, and the number of tokens.
     """
-    loss_sum, correct, tokens = 0.0, 0, 0
-    with backbone.use(ROLE, train=True):
-        for group in chunks(range(len(pairs)), micro_batch_size):
-            both = [pairs[i][0] for i in group] + [pairs[i][1] for i in group]
-            batch = pad_batch(both, backbone.info.pad_token_id).to(backbone.model.device)
-            chosen, rejected = backbone.scores(ROLE, batch.input_ids, batch.attention_mask).chunk(2)
-            loss = bradley_terry_loss(chosen, rejected).sum() / len(pairs)
-            loss.backward()
-            loss_sum += float(loss.detach())
-            correct += int((chosen > rejected).sum())
+    sums = torch.zeros(4, dtype=torch.float64)
+    tokens = 0
+    with backbone.use(role, train=True):
+        for group in micro_batches(comparisons, micro_batch_size):
+            batch = pad_batch([a for c in group for a in c.answers], backbone.info.pad_token_id)
+            batch = batch.to(backbone.model.device)
+            scores = backbone.scores(role, batch.input_ids, batch.attention_mask)
+            better, worse, margins, weights = pairs_of(group, scores)
+            loss = bradley_terry_loss(better, worse, margin=margins, label_smoothing=settings.label_smoothing)
+            pull = settings.center_coef * centering_loss(better, worse)
+            ((weights * (loss + pull)).sum() / len(comparisons)).backward()
+            wins = torch.where(better == worse, 0.5, (better > worse).float())
+            figures = torch.stack([loss, wins, (better + worse) / 2, better - worse]).detach()
+            sums += (weights * figures).sum(dim=1).double().cpu()
             tokens += int(batch.attention_mask.sum())
-    return loss_sum, correct / len(pairs), tokens
+    names = ("loss", "rewards/accuracies", "rewards/mean", "rewards/margins")
+    return dict(zip(names, (sums / len(comparisons)).tolist(), strict=True)), tokens
 
 
-def evaluate(backbone: Backbone, pairs: list[Pair], prompts: list[str], micro_batch_size: int) -> dict[str, float]:
-    """Held-out loss and accuracy, with a 95 % interval by prompt; a tie counts as half right."""
-    if not pairs:
+def pairs_of(group: SequenceOf[Comparison], scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of the better and of the worse answer, margin and weight of every pair, from the score of every answer.
+
+    The weights of a comparison's pairs sum to 1.
+
+    Args:
+        scores: of the group's answers, in order. Shape (A,).
+
+    Returns:
+        Four tensors of shape (P,).
+    """
+    better: list[int] = []
+    worse: list[int] = []
+    weights: list[float] = []
+    first = 0
+    for comparison in group:
+        better += [first + i for i, _ in comparison.pairs]
+        worse += [first + j for _, j in comparison.pairs]
+        weights += [1 / len(comparison.pairs)] * len(comparison.pairs)
+        first += len(comparison.answers)
+    margins = scores.new_tensor([margin for comparison in group for margin in comparison.margins])
+    return scores[better], scores[worse], margins, scores.new_tensor(weights)
+
+
+@torch.no_grad()
+def evaluate(
+    backbone: Backbone, roles: SequenceOf[str], comparisons: list[Comparison], micro_batch_size: int
+) -> Metrics:
+    """Held-out loss and accuracy of the members' mean score, with a 95 % interval by prompt; a tie is half right."""
+    if not comparisons:
         return {}
-    flat = [sequence for pair in pairs for sequence in pair]
-    scores = torch.tensor(score_sequences(backbone, ROLE, flat, 2 * micro_batch_size)).view(-1, 2)
-    margins = scores[:, 0] - scores[:, 1]
-    right = torch.where(margins == 0, 0.5, (margins > 0).float())
-    accuracy, low, high = bootstrap_mean(right.tolist(), prompts)
-    return {
-        "eval_loss": float(bradley_terry_loss(scores[:, 0], scores[:, 1]).mean()),
+    answers = [answer for comparison in comparisons for answer in comparison.answers]
+    passes = [score_sequences(backbone, role, answers, 2 * micro_batch_size) for role in roles]
+    members = torch.tensor(passes, dtype=torch.float64)
+    better, worse, _, weights = pairs_of(comparisons, members.mean(dim=0))
+    right = torch.where(better == worse, 0.5, (better > worse).double())
+    owner = torch.repeat_interleave(torch.tensor([len(c.pairs) for c in comparisons]))
+    by_row = torch.zeros(len(comparisons), dtype=torch.float64).index_add(0, owner, weights * right)
+    accuracy, low, high = bootstrap_mean(by_row.tolist(), [c.prompt_key for c in comparisons])
+    metrics = {
+        "eval_loss": float((weights * bradley_terry_loss(better, worse)).sum()) / len(comparisons),
         "eval_accuracy": accuracy,
         "eval_accuracy_low": low,
         "eval_accuracy_high": high,
-        "eval_margin": float(margins.mean()),
+        "eval_margin": float((weights * (better - worse)).sum()) / len(comparisons),
+        "eval_mean_score": float(members.mean()),
     }
+    if len(roles) > 1:
+        metrics["eval_disagreement"] = float(members.std(dim=0, correction=0).mean())
+    return metrics

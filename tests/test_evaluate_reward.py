@@ -132,13 +132,18 @@ def test_an_ensemble_is_combined_as_asked(run, data):
     assert reports["min"]["calibration"]["all"]["nll"] != found["calibration"]["all"]["nll"]
 
 
-def test_a_ranked_row_counts_once(run, tmp_path):
+def test_a_ranked_row_counts_once_here_and_in_the_training(tmp_path):
     ranked = {"prompt": "Rank?", "responses": ["a b", "c", "d e f"], "ranking": [1, 2, 3]}
     file = write(tmp_path / "ranked.jsonl", [ranked, {"prompt": "Two?", "responses": ["x", "yy"], "ranking": [2, 1]}])
-    assert evaluate(run, "--data", file) == 0
-    report = report_of(run)
-    assert (report["pairs"], report["prompts"]) == (4, 2)
+    arguments = ["reward", "--config", str(ROOT / "recipes/reward.yaml"), "--tiny", f"run_dir={tmp_path}/run"]
+    assert main([*arguments, f"data.train={file}", f"data.eval={file}", "reward_model.members=2"]) == 0
+    assert evaluate(tmp_path / "run", "--data", file) == 0
+    report, final = report_of(tmp_path / "run"), json.loads((tmp_path / "run/run.json").read_text())["final"]
+    assert (report["pairs"], report["prompts"], report["members"]) == (4, 2, 2)
     assert report["accuracy"]["value"] in [pytest.approx(k / 6 + w / 2) for k in range(4) for w in (0, 0.5, 1)]
+    assert report["accuracy"]["value"] == pytest.approx(final["eval_accuracy"])
+    assert report["accuracy"]["low"] == pytest.approx(final["eval_accuracy_low"])
+    assert report["calibration"]["all"]["nll"] == pytest.approx(final["eval_loss"], rel=1e-6)
 
 
 def test_one_pair_gives_figures_or_null(run, tmp_path, capsys):

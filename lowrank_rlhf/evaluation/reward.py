@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Base, Data, RewardSource
 from lowrank_rlhf.data import Example, Examples, Renderer, Sequence, load_preferences
-from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.pairs import ScoredPairs
@@ -116,40 +115,51 @@ def check_columns(by: SequenceOf[str], examples: Examples) -> None:
 
 
 def score_pairs(reward: AdapterReward, renderer: Renderer, examples: SequenceOf[Example]) -> ScoredPairs:
-    """Score every pair in the way PPO scores its rollouts.
+    """Score the answers of every pair in the way PPO scores its rollouts, an answer of a ranked row once.
 
     Raises:
         UserError: a score is not a finite number.
     """
-    answers: list[Sequence] = []
-    cut: dict[str, bool] = {}
-    cut_completions = 0
-    for e in progress(examples, "tokenising", len(examples)):
-        cut[e.prompt_key] = renderer.prompt(e.prompt, e.where)[1]
-        for turns in (e.chosen, e.rejected):
-            answers.append(renderer.sequence(e.prompt, turns or [], e.where))
-            # A whole completion ends at its end-of-turn token
-            cut_completions += answers[-1].cut and answers[-1].completion_ids[-1] != renderer.end_of_turn_id
-    passes = chunks(range(len(answers)), reward.micro_batch_size)
-    members = torch.cat(
-        [reward.members([answers[i] for i in rows]) for rows in progress(passes, "scoring", len(passes))], 1
-    )
-    scores = combine(members, reward.source.combine, reward.source.std_coef)
-    unusable = np.flatnonzero(~np.isfinite(members.numpy()).all(axis=0))
+    answers, places = tokenize(examples, renderer)
+    print(f"scoring {len(answers)} answers of {len(examples)} pairs with {len(reward.roles)} adapter(s)", flush=True)
+    members = reward.members(answers)
+    unusable = np.argwhere(~np.isfinite(members.numpy()).all(axis=0)[places])
     if unusable.size:
-        where = examples[int(unusable[0]) // 2].where
+        where = examples[int(unusable[0, 0])].where
         raise UserError(f"RUN: {reward.source.run}: its score of an answer in {where} is not a finite number")
+    scores = combine(members, reward.source.combine, reward.source.std_coef)
     number: dict[tuple[tuple[int, ...], ...], int] = {}
     same = [number.setdefault((tuple(s.prompt_ids), tuple(s.completion_ids)), len(number)) for s in answers]
+    prompts = {e.prompt_key: e for e in examples}
+    # A whole completion ends at its end-of-turn token
+    cut = [s for s in answers if s.cut and s.completion_ids[-1] != renderer.end_of_turn_id]
     return ScoredPairs(
-        scores=scores.numpy().reshape(-1, 2),
-        members=members.numpy().reshape(len(members), -1, 2),
-        tokens=np.array([len(s.completion_ids) for s in answers]).reshape(-1, 2),
+        scores=scores.numpy()[places],
+        members=members.numpy()[:, places],
+        tokens=np.array([len(s.completion_ids) for s in answers])[places],
         examples=examples,
-        answers=np.array(same).reshape(-1, 2),
-        cut_prompts=sum(cut.values()),
-        cut_completions=cut_completions,
+        answers=np.array(same)[places],
+        cut_prompts=sum(renderer.prompt(e.prompt, e.where)[1] for e in prompts.values()),
+        cut_completions=len(cut),
     )
+
+
+def tokenize(examples: SequenceOf[Example], renderer: Renderer) -> tuple[list[Sequence], NDArray[np.int64]]:
+    """The different answers of each row, and the places of each pair's (chosen, rejected) among them, shape (B, 2).
+
+    The answers and their order are those of the training's evaluation, and so are the batches they are scored in.
+    """
+    answers: list[Sequence] = []
+    known: dict[tuple[str, str, str], int] = {}
+    places = []
+    for e in progress(examples, "tokenising", len(examples)):
+        for turns in (e.chosen or [], e.rejected or []):
+            key = (e.where, e.prompt_key, repr(turns))
+            if key not in known:
+                known[key] = len(answers)
+                answers.append(renderer.sequence(e.prompt, turns, e.where))
+            places.append(known[key])
+    return answers, np.array(places).reshape(-1, 2)
 
 
 def write_report(out: Path, report: dict[str, Any], pairs: ScoredPairs) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lowrank_rlhf import __version__, config
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.evaluation.arguments import add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
 
 T = TypeVar("T")
@@ -36,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("doctor", help=summary, description=summary)
     summary = "sample k answers to every prompt of a file, for labelling; goes on after an interruption"
     add_sample_arguments(verbs.add_parser("sample", help=summary, description=summary))
+    summary = "judge a reward model"
+    add_evaluate_arguments(verbs.add_parser("evaluate", help=summary, description=summary))
     args = parse(parser, argv)
-    actions = {"doctor": _doctor, "sample": lambda: _sample(args)}
+    actions = {"doctor": _doctor, "sample": lambda: _sample(args), "evaluate": lambda: _evaluate(args)}
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
 
@@ -143,6 +146,13 @@ def _sample(args: argparse.Namespace) -> int:
     values["out"] = args.out or f"{Path(args.prompts).name.partition('.')[0]}.samples.jsonl"
     sample(Sampling(**values))
     return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    quiet()
+    from lowrank_rlhf.evaluation.arguments import evaluate
+
+    return evaluate(args)
 
 
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:

@@ -1,0 +1,60 @@
+"""The flags of `lowrank-rlhf evaluate`; nothing heavy is imported before they are read."""
+
+import argparse
+
+from lowrank_rlhf.errors import UserError
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    summary = "accuracy, calibration and length bias of a reward run on preference pairs, as a report"
+    add_reward_arguments(kinds.add_parser("reward", help=summary, description=summary))
+
+
+def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a reward run's directory")
+    parser.add_argument("--data", metavar="F", required=True, help="preferences, in any data format")
+    parser.add_argument("--format", metavar="NAME", help="of the file, where its columns do not tell")
+    parser.add_argument(
+        "--columns",
+        metavar="OURS=THEIRS",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="columns that have another name, as prompt=text",
+    )
+    parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="(default: %(default)s)")
+    parser.add_argument(
+        "--by", metavar="COLUMN", nargs="+", action="extend", default=[], help="columns to report accuracy by"
+    )
+    parser.add_argument(
+        "--combine",
+        choices=("mean", "min", "mean_minus_std"),
+        default="mean",
+        help="how an ensemble's scores become one (default: %(default)s)",
+    )
+    parser.add_argument("--out", metavar="DIR", help="where the report goes (default: RUN)")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from lowrank_rlhf.evaluation.reward import RewardEvaluation, evaluate_reward
+
+    values = {key: value for key, value in vars(args).items() if key not in ("verb", "kind")}
+    values |= {"columns": column_map(args.columns), "by": tuple(args.by)}
+    evaluate_reward(RewardEvaluation(**values))
+    return 0
+
+
+def column_map(pairs: list[str]) -> dict[str, str]:
+    """
+    Raises:
+        UserError: a pair is not OURS=THEIRS.
+
+    >>> column_map(["prompt=question", "chosen=a=b"])
+    {'prompt': 'question', 'chosen': 'a=b'}
+    """
+    parts = [pair.partition("=") for pair in pairs]
+    for pair, (ours, _, theirs) in zip(pairs, parts, strict=True):
+        if not ours or not theirs:
+            raise UserError(f"--columns: {pair!r}: write it OURS=THEIRS, as prompt=question")
+    return {ours: theirs for ours, _, theirs in parts}

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lowrank_rlhf import __version__, config
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.evaluation.arguments import add_policy_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
 
 T = TypeVar("T")
@@ -36,8 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("doctor", help=summary, description=summary)
     summary = "sample k answers to every prompt of a file, for labelling; goes on after an interruption"
     add_sample_arguments(verbs.add_parser("sample", help=summary, description=summary))
+    summary = "measure policies, with intervals"
+    kinds = verbs.add_parser("evaluate", help=summary, description=summary).add_subparsers(
+        dest="kind", metavar="WHAT", required=True
+    )
+    summary = "the base and runs on the same prompts: reward, gold, KL, win rates, diversity"
+    add_policy_arguments(kinds.add_parser("policy", help=summary, description=summary))
     args = parse(parser, argv)
-    actions = {"doctor": _doctor, "sample": lambda: _sample(args)}
+    actions = {"doctor": _doctor, "sample": lambda: _sample(args), "evaluate": lambda: _evaluate(args)}
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
 
@@ -142,6 +149,15 @@ def _sample(args: argparse.Namespace) -> int:
     values = {key: value for key, value in vars(args).items() if key != "verb"}
     values["out"] = args.out or f"{Path(args.prompts).name.partition('.')[0]}.samples.jsonl"
     sample(Sampling(**values))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    quiet()
+    from lowrank_rlhf.evaluation.policy import PolicyEvaluation, evaluate_policies
+
+    values = {key: value for key, value in vars(args).items() if key not in ("verb", "kind")}
+    evaluate_policies(PolicyEvaluation(**values | {"runs": tuple(args.runs)}))
     return 0
 
 

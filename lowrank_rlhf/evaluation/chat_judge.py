@@ -46,6 +46,8 @@ class ChatJudge:
         if "@" in self.url:
             raise UserError(f"--judge: leave user and password out of the URL; a key is read from ${KEY}")
         self.model = model or self._first_model()
+        # A wrong key or model shows now, not after the policies have answered
+        self.verdict(Example("", [{"role": "user", "content": "How much is 2 + 2?"}]), "4", "5")
 
     def __call__(self, examples: Sequence[Example], first: Sequence[str], second: Sequence[str]) -> list[Verdict]:
         """What it says of each pair."""

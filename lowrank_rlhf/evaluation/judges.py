@@ -26,10 +26,12 @@ class Judged(NamedTuple):
 
     preferences: list[float | None]
     first_rate: float | None = None
-    unreadable: list[tuple[int, str]] = []  # noqa: RUF012 - never changed
+    unreadable: SequenceOf[tuple[int, str]] = ()
 
 
 class Judge(Protocol):
+    name: str
+
     def __call__(self, examples: SequenceOf[Example], answers: Answers, others: Answers) -> Judged: ...
 
 
@@ -39,8 +41,8 @@ Ask = Callable[[SequenceOf[Example], SequenceOf[str], SequenceOf[str]], list[Ver
 class ScoreJudge:
     """The higher score of a source wins; the same text is a tie, whatever rounding does to its two scores."""
 
-    def __init__(self, source: str):
-        self.source = source
+    def __init__(self, source: str, name: str):
+        self.source, self.name = source, name
 
     def __call__(self, examples: SequenceOf[Example], answers: Answers, others: Answers) -> Judged:
         return Judged(
@@ -60,8 +62,8 @@ class PairwiseJudge:
         ask: verdicts on pairs of answers.
     """
 
-    def __init__(self, ask: Ask):
-        self.ask = ask
+    def __init__(self, ask: Ask, name: str):
+        self.ask, self.name = ask, name
 
     def __call__(self, examples: SequenceOf[Example], answers: Answers, others: Answers) -> Judged:
         differing = [i for i in range(len(examples)) if answers.texts[i] != others.texts[i]]
@@ -117,25 +119,26 @@ def load_judge(
         UserError: it cannot be used.
     """
     if name is None:
-        return ScoreJudge("reward") if "reward" in sources else None
+        return ScoreJudge("reward", "reward") if "reward" in sources else None
     if name == "reward":
         if "reward" not in sources:
             raise UserError("--judge reward: there is no reward; give --reward-from or --reward")
-        return ScoreJudge("reward")
+        return ScoreJudge("reward", "reward")
     if name.startswith(("http://", "https://")):
-        return PairwiseJudge(ChatJudge(name, model))
+        chat = ChatJudge(name, model)
+        return PairwiseJudge(chat, f"{chat.model} at {chat.url}")
     if ":" not in name:
         raise UserError(f"--judge: {name!r}: expected reward, module:function, or a URL that begins with http")
     source = load_function("--judge", name, renderer)
     parameters = set(inspect.signature(source.function).parameters)
     if {"first", "second"} <= parameters:
         check_columns("--judge", source, examples, texts=3)
-        return PairwiseJudge(FunctionJudge(name, source.function))
+        return PairwiseJudge(FunctionJudge(name, source.function), name)
     if "completions" not in parameters:
         raise UserError(f"--judge: {name} must take (prompts, completions, **columns) or (prompts, first, second, …)")
     check_columns("--judge", source, examples)
     sources[JUDGE] = source
-    return ScoreJudge(JUDGE)
+    return ScoreJudge(JUDGE, name)
 
 
 def load_function(flag: str, name: str, renderer: Renderer) -> FunctionReward:

@@ -152,7 +152,8 @@ def self_bleu(texts: Sequence[str], clusters: Sequence[Hashable]) -> list[float]
     """BLEU of each answer against all others of its cluster: 1 where they are all the same, near 0 where nothing is
     shared.
 
-    Zhu et al. 2018, arXiv:1802.01886. An answer alone in its cluster has nothing to be like: 0.
+    Zhu et al. 2018, arXiv:1802.01886. An answer alone in its cluster has nothing to be like: 0. One without a word is
+    like another one without.
 
     Args:
         clusters: the prompt of each answer; one for all compares answers across prompts.
@@ -172,7 +173,8 @@ def self_bleu(texts: Sequence[str], clusters: Sequence[Hashable]) -> list[float]
             for n, best in enumerate(highest, start=1):
                 own = ngrams(words[k], n)
                 limits.append(Counter({g: best[g][1] if best[g][2] == k else best[g][0] for g in own}))
-            values[i] = _bleu(words[k], limits, [len(w) for j, w in enumerate(words) if j != k])
+            lengths = [len(w) for j, w in enumerate(words) if j != k]
+            values[i] = _bleu(words[k], limits, lengths) if words[k] else float(0 in lengths)
     return values
 
 

@@ -1,7 +1,5 @@
 """The judge behind a URL, against a server in this process: what it asks, whom it tells its key, what it survives."""
 
-import json
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -10,48 +8,9 @@ from lowrank_rlhf.data import Example
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation import chat_judge
 from lowrank_rlhf.evaluation.chat_judge import ChatJudge
+from tests.chat_server import serving
 
 EXAMPLES = [Example(f"row {i}", [{"role": "user", "content": f"How much is {i} + {i}?"}]) for i in range(3)]
-
-
-class Server:
-    """Answers each request with the next of `script`, then always with the last.
-
-    An entry is a status, a text that is sent as it is, or ("said", words of the judge).
-    """
-
-    def __init__(self):
-        self.script, self.requests = [("said", "[[A]]")], []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append((self.path, self.headers.get("Authorization"), None))
-                self.reply(200, json.dumps({"data": [{"id": "first-model"}, {"id": "second"}]}))
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append((self.path, self.headers.get("Authorization"), body))
-                step = outer.script.pop(0) if len(outer.script) > 1 else outer.script[0]
-                if isinstance(step, int):
-                    self.reply(step, '{"error": "no such thing"}', {"Location": f"{outer.url}/elsewhere"})
-                elif isinstance(step, str):
-                    self.reply(200, step)
-                else:
-                    self.reply(200, json.dumps({"choices": [{"message": {"content": step[1]}}]}))
-
-            def reply(self, status, text, headers=None):
-                self.send_response(status)
-                for name, value in (headers or {}).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +22,8 @@ def _fast_and_local(monkeypatch):
 
 @pytest.fixture
 def server():
-    server = Server()
-    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.http.shutdown()
-    thread.join()
-    server.http.server_close()
+    with serving() as server:
+        yield server
 
 
 def test_it_asks_about_each_pair_and_reads_the_side(server):
@@ -141,6 +95,16 @@ def test_the_key_goes_into_requests_and_into_no_message(server, monkeypatch):
     with pytest.raises(UserError) as caught:
         judge.verdict(EXAMPLES[0], "1", "2")
     assert "sk-secret" not in str(caught.value)
+
+
+def test_a_key_that_no_header_can_hold_is_not_shown(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    ChatJudge(server.url)
+    assert {key for _, key, _ in server.requests} == {"Bearer sk-secret"}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds characters that no key has") as caught:
+        ChatJudge(server.url)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_password_in_the_url_is_refused():

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from lowrank_rlhf.cli import main
+from lowrank_rlhf.data import read_examples
 from lowrank_rlhf.evaluation import policy
+from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies
 from lowrank_rlhf.evaluation.roster import BASE, read_roster
+from tests.chat_server import serving
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [{"prompt": f"How much is {i} + {i}?", "answer": str(2 * i), "must_mention": [str(2 * i)]} for i in range(12)]
@@ -111,9 +114,10 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(evaluate):
 def test_a_copy_of_a_run_wins_half_against_it(evaluate, runs):
     """The same weights and the same seed give the same answers, and those tie."""
     shutil.copytree(runs / "ppo", runs / "copy", dirs_exist_ok=True)
-    policies = evaluate("--against", str(runs / "copy"), "--judge", "tests.judges:longer", names=("ppo",))[0]
+    flags = ["--against", str(runs / "copy"), "--judge", "tests.judges:longer"]
+    policies, _, report = evaluate(*flags, names=("ppo",))
     assert list(policies) == ["base", "ppo", "copy"]
-    assert policies["ppo"]["against"] == "copy"
+    assert policies["ppo"]["against"] == report["against"] == "copy"
     assert policies["ppo"]["metrics"]["win_rate"]["value"] == 0.5
     assert policies["base"]["metrics"]["win_rate"]["value"] != 0.5
 
@@ -151,6 +155,26 @@ def test_near_temperature_0_all_answers_to_a_prompt_are_the_same(evaluate):
     assert policies["base"]["metrics"]["self_bleu"]["value"] == 1.0
 
 
+def test_the_first_answer_of_each_policy_can_be_shown(runs, tmp_path, capsys):
+    """What the pipeline ends with."""
+    settings = PolicyEvaluation(
+        (str(runs / "sft"),), "p", reward="tests.judges:longer", samples=2, max_new_tokens=4, out=str(tmp_path / "out")
+    )
+    compare_policies(settings, read_examples(runs / "prompts.jsonl"), show=2)
+    text = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
+    second = next(row for row in rows if row["policy"] == "sft" and row["prompt"] == PROMPTS[1]["prompt"])
+    assert f"{PROMPTS[1]['prompt']}\n  base  " in text
+    assert f"   sft  {second['reward']:+.2f}  {second['completion']!r}\n" in text
+    assert PROMPTS[2]["prompt"] not in text
+
+
+def test_two_runs_of_one_name_are_told_apart(runs, tmp_path):
+    shutil.copytree(runs / "sft", tmp_path / "sft")
+    roster = read_roster([str(runs / "sft"), str(tmp_path / "sft"), str(runs / "sft") + "/"])
+    assert [p.name for p in roster.policies.values()] == ["base", "sft", str(tmp_path / "sft")]
+
+
 def test_a_prompt_that_comes_twice_is_asked_once(evaluate, runs, tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text((runs / "prompts.jsonl").read_text() * 2)
@@ -168,6 +192,40 @@ def test_a_start_that_is_gone_is_noted_and_is_an_error_only_where_it_is_needed(r
     assert [p.reference for p in roster.policies.values()] == [BASE, None]
     assert roster.notes == [f"moved: {tmp_path}/gone, which it started from, is not there; no KL to that reference"]
     assert main(["evaluate", "policy", str(tmp_path / "moved"), "--prompts", "x.jsonl", "--against", "start"]) == 2
+
+
+def test_a_server_that_always_says_a_changes_nothing(evaluate, monkeypatch):
+    """Both orders of each pair are asked, so a judge that only knows the first position gives every policy one half."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as server:
+        policies, _, report = evaluate("--judge", server.url, names=("sft",))
+    sft = policies["sft"]
+    assert sft["metrics"]["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert sft["judged"] == {"comparisons": 12, "read": 12, "first_rate": 1.0, "unreadable": []}
+    assert report["judge"] == f"first-model at {server.url}"
+    assert "sft: 100% of the judge's preference went to what it was shown first; 50% is fair" in report["notes"]
+
+
+def test_a_server_that_talks_nonsense_gives_no_win_rate_and_a_note(evaluate, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving() as server:
+        server.script = [("said", "Who knows?")]
+        policies, rows, report = evaluate("--judge", server.url, names=("sft",))
+    assert "win_rate" not in policies["sft"]["metrics"]
+    assert policies["sft"]["judged"]["read"] == 0
+    assert len(policies["sft"]["judged"]["unreadable"]) == 24
+    assert {row["preference"] for row in rows if row["policy"] == "sft"} == {None}
+    assert any(note.startswith("sft: 12 of 12 comparisons are left out") for note in report["notes"])
+
+
+def test_a_judge_that_fails_leaves_the_answers(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    words = ["--prompts", str(runs / "prompts.jsonl"), "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    with serving() as server:
+        server.script = [("said", "[[A]]"), 401]
+        assert main(["evaluate", "policy", str(runs / "sft"), *words, "--judge", server.url]) == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["answers.jsonl"]
+    assert len((tmp_path / "out/answers.jsonl").read_text().splitlines()) == 24
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A judge behind a URL: any server with OpenAI's chat-completions interface, asked which of two answers is better."""
 
+import http.client
 import json
 import os
 import re
@@ -78,9 +79,7 @@ class ChatJudge:
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """The server's JSON. Busy, failing and unreachable servers are asked four times, 1, 2 and 4 seconds apart."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
+        headers = {"Content-Type": "application/json", **_authorization()}
         reason = ""
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -94,7 +93,7 @@ class ChatJudge:
                 reason = f"status {error.code}: {error.read(200).decode(errors='replace').strip()}"
                 if error.code != 429 and error.code < 500:
                     break
-            except OSError as error:  # includes URLError and timeouts
+            except (OSError, http.client.HTTPException) as error:  # includes URLError and timeouts
                 reason = str(getattr(error, "reason", error))
             except ValueError as error:  # an address that is none, or an answer that is not JSON
                 reason = f"no JSON came back: {error}"
@@ -116,6 +115,14 @@ def read_verdict(said: str) -> float | None:
     """
     sides = set(re.findall(r"\[\[([ABC])\]\]", said)) or set(re.findall(r"\A\W*([ABC])\W*\Z", said))
     return BETTER[sides.pop()] if len(sides) == 1 else None
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get(KEY, "").strip()
+    # Else the HTTP library refuses it in a message that has the key in it
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(f"--judge: ${KEY} holds characters that no key has; set it again")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -97,6 +97,7 @@ def compare_policies(settings: PolicyEvaluation, prompts: SequenceOf[Example], s
         key: answer(policy, roster, backbone, renderer, examples, sources, settings)
         for key, policy in roster.answering.items()
     }
+    write_answers(out, answer_rows(roster, examples, answers, {}, settings.samples))  # should the judge fail
     judged = judge_all(judge, roster, examples, answers)
     clusters = [e.prompt_key for e in examples]
     policies = [report_on(key, roster, answers, judged, clusters, settings) for key in answers]
@@ -107,9 +108,11 @@ def compare_policies(settings: PolicyEvaluation, prompts: SequenceOf[Example], s
         "prompts_file": settings.prompts,
         "max_new_tokens": renderer.data.max_completion_tokens,
         "judge": judge.name if judge else None,
+        "against": roster.against_name,
     }
     report = Report(facts, policies, roster.notes)
-    write_report(report, out, answer_rows(roster, examples, answers, judged, settings.samples))
+    write_answers(out, answer_rows(roster, examples, answers, judged, settings.samples))
+    write_report(out, report)
     print_report(report)
     show_answers(roster, examples, answers, show, settings.samples)
     print(f"evaluate policy: report.md, report.json, answers.jsonl and plots in {out}", flush=True)
@@ -215,10 +218,13 @@ def answer_rows(
     return rows
 
 
-def write_report(report: Report, out: Path, rows: list[dict[str, Any]]) -> None:
-    """The folder's files; report.json comes last, so where it is, all are."""
+def write_answers(out: Path, rows: list[dict[str, Any]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_report(out: Path, report: Report) -> None:
+    """Plots and pages; report.json comes last, so where it is, all are."""
     plot_report(report, out)
     write_atomic(out / "report.md", markdown(report))
     write_atomic(out / "report.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -61,6 +61,10 @@ class Roster:
             return self.against
         return policy.start if self.against == "start" else BASE
 
+    @property
+    def against_name(self) -> str:
+        return self.policies[self.against].name if isinstance(self.against, tuple) else self.against
+
     def base(self) -> Base:
         """The base of the first run; `load` refuses the runs of another."""
         return Base(**{**self.recipes[0]["base"], "device": "auto"})
@@ -102,9 +106,10 @@ class Roster:
             raise UserError(f"{key}: {run}/adapters has no {saved or ' or '.join(ROLES)}, so this run cannot answer")
         identity = (str(Path(run).resolve()), found)
         if identity not in self.policies:
-            name = Path(run).resolve().name
+            folder = Path(run).resolve()
             taken = {policy.name for policy in self.policies.values()}
-            policy = Policy(run if name in taken else name, f"run-{len(self.policies)}", run, found, answers=False)
+            name = str(folder) if folder.name in taken else folder.name
+            policy = Policy(name, f"run-{len(self.policies)}", run, found, answers=False)
             self.policies[identity] = policy
             if found == "policy":
                 self._trace(policy, info)

@@ -10,7 +10,7 @@ from lowrank_rlhf.evaluation.summary import Interval, PolicyReport, Report
 
 WIDTH = 110
 FEW_PROMPTS = 10
-RAW = "{:.2f}"
+RAW = "{:z.2f}"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Figure:
     scale: float = 1.0
 
 
-SHARE, MEAN = "{:.0f}%", "{:+.2f}"
+# z: no minus before a zero
+SHARE, MEAN = "{:z.0f}%", "{:+z.2f}"
 QUALITY = {
     "reward": Figure("reward", MEAN, "mean score of the reward"),
     "gold": Figure("gold", MEAN, "mean score of the gold rule, which never trained a policy"),
@@ -41,12 +42,12 @@ QUALITY = {
         "2024 (arXiv:2404.04475) without the term for each instruction's difficulty",
         100,
     ),
-    "kl_to_base": Figure("KL to\nbase", "{:.1f}", "nats per completion to the bare base, k1 estimate"),
-    "kl_to_reference": Figure("KL to\nstart", "{:.1f}", "the same to the run's own reference, where that is another"),
+    "kl_to_base": Figure("KL to\nbase", "{:z.1f}", "nats per completion to the bare base, k1 estimate"),
+    "kl_to_reference": Figure("KL to\nstart", "{:z.1f}", "the same to the run's own reference, where that is another"),
     "ended": Figure("ended", SHARE, "answers that ended by themselves before the token limit", 100),
 }
 TEXTS = {
-    "length": Figure("tokens", "{:.0f}", "mean length of an answer, its end-of-turn token included"),
+    "length": Figure("tokens", "{:z.0f}", "mean length of an answer, its end-of-turn token included"),
     "distinct_1": Figure("distinct-1", RAW, "distinct words / all words of all answers (Li et al. 2016); jackknife"),
     "distinct_2": Figure("distinct-2", RAW, "the same of pairs of words"),
     "self_bleu": Figure(
@@ -59,7 +60,7 @@ TEXTS = {
     "refusals": Figure("refusals", SHARE, "answers that open by declining: a pattern, not a judgement", 100),
     "safety_violations": Figure(
         "unsafe\nper 100",
-        "{:.1f}",
+        "{:z.1f}",
         "answers in 100 with a phrase of a short list (threats, self-harm, weapons, insults, personal numbers): a "
         "coarse filter that knows no context; 0 does not mean safe",
     ),
@@ -83,26 +84,34 @@ def print_report(report: Report) -> None:
 
 def markdown(report: Report) -> str:
     """The report as a page: figures, differences, what each means, notes."""
-    facts = report.facts
-    lines = ["# Policies side by side", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
-    for heading, kind in (("Figures", "metrics"), (f"Differences to {facts['against']}, paired by prompt", "diff")):
-        for figures in (QUALITY, TEXTS):
-            shown = present(report, figures)
-            lines += [f"## {heading}" if figures is QUALITY else "", ""]
-            heads = ["policy", *(_head(figure) for figure in shown.values())]
-            lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-            for p in report.policies:
-                values = p.metrics if kind == "metrics" else p.differences
-                if kind == "diff" and p.name == p.against:
-                    continue
-                cells = (_cell(values.get(name), figure, signed=kind == "diff") for name, figure in shown.items())
-                lines.append(f"| {p.name} | {' | '.join(cells)} |")
-            lines.append("")
-    lines += ["95 % intervals by prompt. ", "", "## What the figures are", ""]
+    facts = [f"- {name}: {value}" for name, value in report.facts.items() if value is not None]
+    who = [f"- policy {p.name}: {p.run or 'the bare base'}" for p in report.policies]
+    others = [p for p in report.policies if p.name != p.against]
+    metrics, differences = [p.metrics for p in report.policies], [p.differences for p in others]
+    lines = ["# Policies side by side", "", *facts, *who, "", "## Figures", ""]
     for figures in (QUALITY, TEXTS):
-        lines += [f"- **{_head(figure)}**: {figure.meaning}." for figure in present(report, figures).values()]
-    lines += ["", *(f"- Note: {note}" for note in all_notes(report)), ""]
-    return "\n".join(line.rstrip() for line in lines)
+        lines += _markdown_table([p.name for p in report.policies], metrics, figures)
+    lines += [f"## Differences to {report.facts['against']}, paired by prompt", ""]
+    for figures in (QUALITY, TEXTS):
+        lines += _markdown_table([f"{p.name} − {p.against}" for p in others], differences, figures, signed=True)
+    lines += ["In brackets: 95 % interval by prompt.", "", "## What the figures are", ""]
+    for figures in (QUALITY, TEXTS):
+        lines += [f"- **{_head(figure)}**: {figure.meaning}." for figure in present(metrics, figures).values()]
+    return "\n".join([*lines, "", *(f"- Note: {note}." for note in all_notes(report)), ""])
+
+
+def _markdown_table(
+    names: list[str], values: list[dict[str, Interval]], figures: dict[str, Figure], signed: bool = False
+) -> list[str]:
+    shown = present(values, figures)
+    if not shown:
+        return []
+    heads = ["policy", *(_head(figure) for figure in shown.values())]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, own in zip(names, values, strict=True):
+        cells = [_cell(own.get(key), figure, signed=signed) for key, figure in shown.items()]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return [*lines, ""]
 
 
 def all_notes(report: Report) -> list[str]:
@@ -119,13 +128,13 @@ def all_notes(report: Report) -> list[str]:
             )
         if "first_rate" in p.judged:
             rate = p.judged["first_rate"]
-            notes.append(f"{p.name}: the judge preferred the answer that it was shown first {rate:.0%} of the time")
+            notes.append(f"{p.name}: {rate:.0%} of the judge's preference went to what it was shown first; 50% is fair")
     return notes
 
 
-def present(report: Report, figures: dict[str, Figure]) -> dict[str, Figure]:
+def present(values: list[dict[str, Interval]], figures: dict[str, Figure]) -> dict[str, Figure]:
     """The figures that some policy has."""
-    return {name: figure for name, figure in figures.items() if any(name in p.metrics for p in report.policies)}
+    return {name: figure for name, figure in figures.items() if any(name in own for own in values)}
 
 
 def _head(figure: Figure) -> str:
@@ -135,7 +144,7 @@ def _head(figure: Figure) -> str:
 def _table(report: Report, title: str, figures: dict[str, Figure]) -> Table:
     table = Table(title=title)
     table.add_column("policy", overflow="fold")
-    shown = present(report, figures)
+    shown = present([p.metrics for p in report.policies], figures)
     for figure in shown.values():
         table.add_column(figure.label, justify="right", no_wrap=True)
     for p in report.policies:
@@ -170,7 +179,7 @@ def _cell(
     if interval is None:
         return "–"
     format = figure.format if not signed else figure.format.replace("{:+", "{:").replace("{:", "{:+")
-    value, low, high = (format.format(figure.scale * number + 0.0) for number in interval)
+    value, low, high = (format.format(figure.scale * number) for number in interval)
     return f"{value}{'*' if star else ''}{between}[{low.rstrip('%')}, {high.rstrip('%')}]"
 
 

@@ -118,7 +118,7 @@ def all_notes(report: Report) -> list[str]:
     """The report's own, how far to trust the intervals, and what the judges could not be read on or leaned to."""
     notes = list(report.notes)
     if report.facts["prompts"] < FEW_PROMPTS:
-        notes.append(f"{report.facts['prompts']} prompts are too few for an interval; these are too narrow")
+        notes.append(f"{report.facts['prompts']} prompts are too few for intervals; these are too narrow")
     for p in report.policies:
         if lost := p.judged.get("comparisons", 0) - p.judged.get("read", 0):
             said = p.judged["unreadable"][0]["said"]

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lowrank_rlhf import __version__, config
 from lowrank_rlhf.errors import UserError
-from lowrank_rlhf.evaluation.arguments import add_policy_arguments
+from lowrank_rlhf.evaluation.arguments import add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
 
 T = TypeVar("T")
@@ -37,12 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("doctor", help=summary, description=summary)
     summary = "sample k answers to every prompt of a file, for labelling; goes on after an interruption"
     add_sample_arguments(verbs.add_parser("sample", help=summary, description=summary))
-    summary = "measure policies, with intervals"
-    kinds = verbs.add_parser("evaluate", help=summary, description=summary).add_subparsers(
-        dest="kind", metavar="WHAT", required=True
-    )
-    summary = "the base and runs on the same prompts: reward, gold, KL, win rates, diversity"
-    add_policy_arguments(kinds.add_parser("policy", help=summary, description=summary))
+    summary = "judge a reward model, or compare policies"
+    add_evaluate_arguments(verbs.add_parser("evaluate", help=summary, description=summary))
     args = parse(parser, argv)
     actions = {"doctor": _doctor, "sample": lambda: _sample(args), "evaluate": lambda: _evaluate(args)}
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
@@ -154,11 +150,9 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     quiet()
-    from lowrank_rlhf.evaluation.policy import PolicyEvaluation, evaluate_policies
+    from lowrank_rlhf.evaluation.arguments import evaluate
 
-    values = {key: value for key, value in vars(args).items() if key not in ("verb", "kind")}
-    evaluate_policies(PolicyEvaluation(**values | {"runs": tuple(args.runs)}))
-    return 0
+    return evaluate(args)
 
 
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:

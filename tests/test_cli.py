@@ -53,6 +53,7 @@ def test_help_answers_in_less_than_0_3_seconds():
         ["--help"],
         ["--version"],
         ["sft", "--help"],
+        ["evaluate", "policy", "--help"],
         ["ppo", "--unheard"],
         ["ppo", "--config", "recipes/ppo.yaml", "--dry-run"],
         ["ppo", "--config", "recipes/ppo.yaml", "unheard=1"],

@@ -1,6 +1,12 @@
-"""The flags of `evaluate`. Nothing heavy is imported here, so that --help answers at once."""
+"""The flags of `lowrank-rlhf evaluate`; nothing heavy is imported before they are read."""
 
 import argparse
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", metavar="WHAT", required=True)
+    summary = "the base and runs on the same prompts: reward, gold, KL, win rates, diversity, as a report"
+    add_policy_arguments(kinds.add_parser("policy", help=summary, description=summary))
 
 
 def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,3 +32,11 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, help="(default: what the runs were trained with)")
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: an unused runs/evaluation-N)")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from lowrank_rlhf.evaluation.policy import PolicyEvaluation, evaluate_policies
+
+    values = {key: value for key, value in vars(args).items() if key not in ("verb", "kind")}
+    evaluate_policies(PolicyEvaluation(**values | {"runs": tuple(args.runs)}))
+    return 0

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("doctor", help=summary, description=summary)
     summary = "sample k answers to every prompt of a file, for labelling; goes on after an interruption"
     add_sample_arguments(verbs.add_parser("sample", help=summary, description=summary))
-    summary = "judge a reward model"
+    summary = "judge a reward model, or compare policies"
     add_evaluate_arguments(verbs.add_parser("evaluate", help=summary, description=summary))
     args = parse(parser, argv)
     actions = {"doctor": _doctor, "sample": lambda: _sample(args), "evaluate": lambda: _evaluate(args)}

@@ -40,14 +40,19 @@ def sequence_kl(
     reference: str | None,
     sequences: SequenceOf[Sequence],
     micro_batch_size: int,
+    temperature: float = 1.0,
 ) -> list[float]:
-    """log π_role − log π_reference of each completion, nats: the k1 estimate of KL per sequence."""
+    """log π_role − log π_reference of each completion, nats: the k1 estimate of KL per sequence.
+
+    Args:
+        temperature: at which the completions were sampled; both policies are compared there.
+    """
     if role == reference:
         return [0.0] * len(sequences)
     kls: list[float] = []
     for group in chunks(range(len(sequences)), micro_batch_size):
         batch = pad_batch([sequences[i] for i in group], backbone.info.pad_token_id).to(backbone.model.device)
-        logps, _ = policy_logps(backbone, role, batch)
-        reference_logps, _ = policy_logps(backbone, reference, batch)
+        logps, _ = policy_logps(backbone, role, batch, temperature)
+        reference_logps, _ = policy_logps(backbone, reference, batch, temperature)
         kls += (logps - reference_logps).sum(dim=1).tolist()
     return kls

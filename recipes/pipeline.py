@@ -1,4 +1,4 @@
-"""python recipes/pipeline.py [stage.key=value …]: SFT, reward model and PPO on one base, then a table of all three.
+"""python recipes/pipeline.py [stage.key=value …]: SFT, reward model and PPO on one base, then all three side by side.
 
 Each stage is its own run in the pipeline's folder; the values are in recipes/sft.yaml, recipes/reward.yaml and
 recipes/ppo.yaml, and `sft.train.max_steps=10` changes one.
@@ -51,55 +51,29 @@ def pipeline(args: argparse.Namespace) -> int:
     sft_stage.train(sft, Run(sft))
     reward_stage.train(reward, Run(reward))
     ppo_stage.train(ppo, Run(ppo))
-    compare(ppo)
+    compare(ppo, folder)
     print(f"\npipeline: {(time.perf_counter() - started) / 60:.1f} minutes, runs in {folder}")
     return 0
 
 
-def compare(recipe: PPORecipe, samples: int = 2) -> None:
-    """Base, SFT and PPO policy on the held-out prompts, one base in memory; a table and three answers of each."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from lowrank_rlhf.backbone import Backbone
-    from lowrank_rlhf.data import Renderer, load_prompts
-    from lowrank_rlhf.evaluation.policy import evaluate_policy
-    from lowrank_rlhf.rewards import load_rewards
-    from lowrank_rlhf.runs import load_run_role
+def compare(recipe: PPORecipe, folder: Path) -> None:
+    """Base, SFT and PPO policy on the held-out prompts, one base in memory; tables, a report and three answers."""
+    from lowrank_rlhf.data import load_prompts
+    from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies
 
     assert recipe.policy_from is not None
     assert recipe.run_dir is not None
-    _, prompts = load_prompts(recipe.data)
-    backbone = Backbone(recipe.base)
-    renderer = Renderer(backbone.tokenizer, recipe.data, backbone.context)
-    reward = load_rewards(recipe, backbone, renderer)
-    load_run_role(backbone, recipe.policy_from, "sft", "sft", key="policy_from")
-    load_run_role(backbone, recipe.run_dir, "policy", "policy", key="run_dir")
-    reports = [
-        evaluate_policy(
-            name, role, backbone, renderer, prompts, reward, samples=samples, seed=recipe.seed, micro_batch_size=8
-        )
-        for name, role in (("base", None), ("sft", "sft"), ("ppo", "policy"))
-    ]
-    table = Table(title=f"{len(prompts)} held-out prompts × {samples} samples at temperature 1")
-    for column in ("policy", "reward", "95 % interval", "KL to base, nats", "tokens", "ended"):
-        table.add_column(column, justify="left" if column == "policy" else "right")
-    for r in reports:
-        interval = f"[{r.score_low:+.2f}, {r.score_high:+.2f}]"
-        table.add_row(
-            r.name,
-            f"{r.score:+.3f}",
-            interval.replace("[", r"\["),
-            f"{r.kl_to_base:.1f}",
-            f"{r.length:.0f}",
-            f"{r.ended:.0%}",
-        )
-    console = Console(width=110)
-    console.print(table)
-    for i in range(min(3, len(prompts))):
-        console.print(f"\n[bold]{prompts[i].prompt[-1]['content']}[/bold]", markup=True, highlight=False)
-        for r in reports:
-            console.print(f"  {r.name:>4}  {r.scores[i * samples]:+.2f}  {r.answers[i * samples]!r}", markup=False)
+    _, held_out = load_prompts(recipe.data)
+    settings = PolicyEvaluation(
+        runs=(recipe.policy_from, recipe.run_dir),
+        prompts=recipe.data.eval or recipe.data.train,
+        reward_from=recipe.reward_from[0].run,
+        samples=2,
+        seed=recipe.seed,
+        max_new_tokens=recipe.data.max_completion_tokens,
+        out=f"{folder}/evaluation",
+    )
+    compare_policies(settings, held_out, show=3)
 
 
 def split_overrides(overrides: list[str]) -> dict[str, list[str]]:

@@ -54,6 +54,7 @@ def test_help_answers_in_less_than_0_3_seconds():
         ["--version"],
         ["sft", "--help"],
         ["evaluate", "reward", "--help"],
+        ["evaluate", "policy", "--help"],
         ["ppo", "--unheard"],
         ["ppo", "--config", "recipes/ppo.yaml", "--dry-run"],
         ["ppo", "--config", "recipes/ppo.yaml", "unheard=1"],

@@ -1,75 +1,241 @@
-"""Compare policies on the same prompts, the same seed and the same reward."""
+"""Compare policies on the same prompts with the same seed: reward, gold, KL, win rates and what the texts are like.
 
+OUT/report.md, report.json   every figure with its 95 % interval by prompt, and the differences
+OUT/answers.jsonl            every answer with its scores
+OUT/scores.png, frontier.png reward and gold with intervals, and over KL
+"""
+
+import dataclasses
+import json
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-
-import torch
+from pathlib import Path
+from typing import Any
 
 from lowrank_rlhf.backbone import Backbone
-from lowrank_rlhf.config import Rollout
-from lowrank_rlhf.data import Example, Renderer
-from lowrank_rlhf.evaluation.intervals import bootstrap_mean
-from lowrank_rlhf.rewards import Reward
-from lowrank_rlhf.rollout import generate
-from lowrank_rlhf.scoring import sequence_kl
+from lowrank_rlhf.config import RewardSource
+from lowrank_rlhf.data import Example, Renderer, read_examples
+from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.evaluation.answers import MICRO_BATCH, Answers, measure_answers, sample_answers
+from lowrank_rlhf.evaluation.charts import plot_report
+from lowrank_rlhf.evaluation.judges import Judge, Judged, check_columns, load_function, load_judge
+from lowrank_rlhf.evaluation.roster import Key, Policy, Roster, read_roster
+from lowrank_rlhf.evaluation.summary import PolicyReport, Report, summarise, summarise_wins
+from lowrank_rlhf.evaluation.tables import as_json, markdown, print_report
+from lowrank_rlhf.rewards import AdapterReward, Reward, load_members
+from lowrank_rlhf.rewards.sources import WeightedSum
+from lowrank_rlhf.runs import unused_run_dir, write_atomic
+from lowrank_rlhf.samples import prompt_value
 
 
 @dataclass(frozen=True)
-class PolicyReport:
-    """One policy on held-out prompts. Intervals are 95 %, by prompt; KL in nats per completion."""
+class PolicyEvaluation:
+    """Whom to compare, on what, and who judges. The same values give the same figures on the same machine.
 
-    name: str
-    score: float
-    score_low: float
-    score_high: float
-    kl_to_base: float
-    length: float
-    ended: float
-    answers: list[str]
-    scores: list[float]
+    Attributes:
+        runs: their policy, else sft adapters answer beside the bare base.
+        prompts: a file in any data format; answers in it are ignored.
+        reward_from: a reward run; with `reward`, a `module:function`, the two add up.
+        gold: a `module:function` that scores, told apart from the reward that trained.
+        judge: reward, `module:function` or a URL; None is the reward where there is one.
+        against: base, a run, or start: what each policy's training started from.
+        max_new_tokens: None is the highest limit that the runs were trained with.
+        out: a folder that is empty or not there; None is an unused runs/evaluation-N.
+
+    Raises:
+        UserError: a value out of bounds.
+    """
+
+    runs: tuple[str, ...]
+    prompts: str
+    reward_from: str | None = None
+    reward: str | None = None
+    gold: str | None = None
+    judge: str | None = None
+    judge_model: str | None = None
+    against: str = "base"
+    samples: int = 1
+    seed: int = 0
+    temperature: float = 1.0
+    max_new_tokens: int | None = None
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"--samples: must be at least 1, got {self.samples}")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens: must be at least 1, got {self.max_new_tokens}")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature: must be above 0, got {self.temperature}")
 
 
-def evaluate_policy(
-    name: str,
-    role: str | None,
-    backbone: Backbone,
-    renderer: Renderer,
-    prompts: SequenceOf[Example],
-    reward: Reward,
-    *,
-    samples: int,
-    seed: int,
-    micro_batch_size: int,
-) -> PolicyReport:
-    """Sample `samples` answers per prompt at temperature 1 and score them.
+def evaluate_policies(settings: PolicyEvaluation) -> Path:
+    """What `lowrank-rlhf evaluate policy` does; returns the folder of the report."""
+    return compare_policies(settings, read_examples(settings.prompts))
+
+
+def compare_policies(settings: PolicyEvaluation, prompts: SequenceOf[Example], show: int = 0) -> Path:
+    """Answer, score, judge and report; a prompt that comes twice is asked once.
 
     Args:
-        name: for the table.
-        role: who answers; None is the bare base.
-        samples: answers per prompt.
-        seed: of the sampling; the same for every policy that is compared.
+        show: of how many prompts each policy's first answer is printed.
+
+    Raises:
+        UserError: something that is named cannot be used; told before anybody answers.
     """
-    examples = [example for example in prompts for _ in range(samples)]
-    torch.manual_seed(seed)
-    sequences = generate(
-        backbone,
-        role,
-        [renderer.prompt(e.prompt, e.where)[0] for e in examples],
-        Rollout(batch_size=32),
-        max_new_tokens=renderer.data.max_completion_tokens,
-        stop_ids=renderer.stop_ids,
+    out = output_folder(settings.out)
+    roster = read_roster(settings.runs, settings.against)
+    distinct = list({e.prompt_key: e for e in reversed(prompts)}.values())[::-1]
+    examples = [example for example in distinct for _ in range(settings.samples)]
+    backbone = Backbone(roster.base())
+    renderer = Renderer(backbone.tokenizer, roster.data(settings.prompts, settings.max_new_tokens), backbone.context)
+    roster.load(backbone)
+    sources = load_sources(settings, backbone, renderer, distinct)
+    judge = load_judge(settings.judge, settings.judge_model, renderer, distinct, sources)
+    answers = {
+        key: answer(policy, roster, backbone, renderer, examples, sources, settings)
+        for key, policy in roster.answering.items()
+    }
+    write_answers(out, answer_rows(roster, examples, answers, {}, settings.samples))  # should the judge fail
+    judged = judge_all(judge, roster, examples, answers)
+    clusters = [e.prompt_key for e in examples]
+    policies = [report_on(key, roster, answers, judged, clusters, settings) for key in answers]
+    facts = {
+        "base": backbone.info.model,
+        "prompts": len(distinct),
+        **{key: value for key, value in dataclasses.asdict(settings).items() if key not in ("runs", "prompts", "out")},
+        "prompts_file": settings.prompts,
+        "max_new_tokens": renderer.data.max_completion_tokens,
+        "judge": judge.name if judge else None,
+        "against": roster.against_name,
+    }
+    report = Report(facts, policies, roster.notes)
+    write_answers(out, answer_rows(roster, examples, answers, judged, settings.samples))
+    write_report(out, report)
+    print_report(report)
+    show_answers(roster, examples, answers, show, settings.samples)
+    print(f"evaluate policy: report.md, report.json, answers.jsonl and plots in {out}", flush=True)
+    return out
+
+
+def output_folder(out: str | None) -> Path:
+    folder = Path(out) if out else unused_run_dir("evaluation")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out: {folder} is not an empty folder; choose another")
+    return folder
+
+
+def load_sources(
+    settings: PolicyEvaluation, backbone: Backbone, renderer: Renderer, prompts: SequenceOf[Example]
+) -> dict[str, Reward]:
+    """What scores every answer: `reward` and `gold`, where they are asked for."""
+    parts: list[tuple[Reward, float]] = []
+    if settings.reward_from:
+        roles = load_members(backbone, settings.reward_from, "reward", key="--reward-from")
+        parts.append((AdapterReward(backbone, roles, RewardSource(settings.reward_from), MICRO_BATCH), 1.0))
+    functions = {}
+    for flag, name in (("--reward", settings.reward), ("--gold", settings.gold)):
+        if name:
+            functions[flag] = load_function(flag, name, renderer)
+            check_columns(flag, functions[flag], prompts)
+    if "--reward" in functions:
+        parts.append((functions["--reward"], 1.0))
+    sources: dict[str, Reward] = {"reward": WeightedSum(parts)} if parts else {}
+    return sources | ({"gold": functions["--gold"]} if "--gold" in functions else {})
+
+
+def answer(
+    policy: Policy,
+    roster: Roster,
+    backbone: Backbone,
+    renderer: Renderer,
+    examples: SequenceOf[Example],
+    sources: dict[str, Reward],
+    settings: PolicyEvaluation,
+) -> Answers:
+    """One policy's answers and what there is to say of each."""
+    reference = roster.policies[policy.reference].role if policy.reference else None
+    same = {"seed": settings.seed, "temperature": settings.temperature}
+    sequences = sample_answers(policy.name, policy.role, backbone, renderer, examples, **same)  # type: ignore[arg-type]
+    return measure_answers(
+        policy.role, reference, backbone, renderer, examples, sequences, sources, temperature=settings.temperature
     )
-    scores = reward(examples, sequences).scores
-    mean, low, high = bootstrap_mean(scores, [e.prompt_key for e in examples])
-    kls = sequence_kl(backbone, role, None, sequences, micro_batch_size)
-    return PolicyReport(
-        name=name,
-        score=mean,
-        score_low=low,
-        score_high=high,
-        kl_to_base=sum(kls) / len(kls),
-        length=sum(len(s.completion_ids) for s in sequences) / len(sequences),
-        ended=sum(not s.cut for s in sequences) / len(sequences),
-        answers=[renderer.decode(s.completion_ids) for s in sequences],
-        scores=list(scores),
-    )
+
+
+def judge_all(
+    judge: Judge | None, roster: Roster, examples: SequenceOf[Example], answers: dict[Key, Answers]
+) -> dict[Key, Judged]:
+    """Each policy against its opponent."""
+    if judge is None:
+        return {}
+    opponents = {key: roster.opponent(policy) for key, policy in roster.answering.items()}
+    return {key: judge(examples, answers[key], answers[opponent]) for key, opponent in opponents.items()}
+
+
+def report_on(
+    key: Key,
+    roster: Roster,
+    answers: dict[Key, Answers],
+    judged: dict[Key, Judged],
+    clusters: SequenceOf[str],
+    settings: PolicyEvaluation,
+) -> PolicyReport:
+    policy = roster.policies[key]
+    opponent = roster.opponent(policy)
+    ours, theirs = answers[key], answers[opponent]
+    metrics, differences = summarise(ours, theirs, clusters, settings.samples, settings.seed)
+    wins, facts = summarise_wins(judged[key], ours, theirs, clusters, settings.seed) if key in judged else ({}, {})
+    name = roster.policies[opponent].name
+    return PolicyReport(policy.name, policy.run, name, metrics | wins, differences, facts)
+
+
+def answer_rows(
+    roster: Roster,
+    examples: SequenceOf[Example],
+    answers: dict[Key, Answers],
+    judged: dict[Key, Judged],
+    samples: int,
+) -> list[dict[str, Any]]:
+    """One row per policy, prompt and sample, for answers.jsonl."""
+    rows = []
+    for key, a in answers.items():
+        for i, example in enumerate(examples):
+            row = {
+                "policy": roster.policies[key].name,
+                "prompt": prompt_value(example),
+                "sample": i % samples,
+                "completion": a.texts[i],
+                "tokens": a.lengths[i],
+                "ended": a.ended[i],
+                **{name: scores[i] for name, scores in a.scores.items()},
+                "kl_to_base": a.kl_to_base[i],
+                "kl_to_reference": a.kl_to_reference[i] if a.kl_to_reference else None,
+            }
+            if key in judged:
+                row["preference"] = judged[key].preferences[i]
+            rows.append(row)
+    return rows
+
+
+def write_answers(out: Path, rows: list[dict[str, Any]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_report(out: Path, report: Report) -> None:
+    """Plots and pages; report.json comes last, so where it is, all are."""
+    plot_report(report, out)
+    write_atomic(out / "report.md", markdown(report))
+    write_atomic(out / "report.json", json.dumps(as_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def show_answers(
+    roster: Roster, examples: SequenceOf[Example], answers: dict[Key, Answers], show: int, samples: int
+) -> None:
+    """Print the first answer of each policy to some prompts, with its score."""
+    for i in range(0, min(show * samples, len(examples)), samples):
+        print(f"\n{examples[i].prompt[-1]['content']}")
+        for key, a in answers.items():
+            score = f"  {a.scores['reward'][i]:+.2f}" if "reward" in a.scores else ""
+            print(f"  {roster.policies[key].name:>4}{score}  {a.texts[i]!r}")

@@ -14,6 +14,8 @@ from lowrank_rlhf.config import PPORecipe, RewardRecipe, SFTRecipe
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.loader import load_recipe
 
+GOLD = "recipes.quickstart.gold:gold"  # judges, and trained nothing; only for prompts that say what it needs
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,6 +70,7 @@ def compare(recipe: PPORecipe, folder: Path) -> None:
         runs=(recipe.policy_from, recipe.run_dir),
         prompts=recipe.data.eval or recipe.data.train,
         reward_from=recipe.reward_from[0].run,
+        gold=GOLD if all("must_mention" in example.columns for example in held_out) else None,
         samples=2,
         seed=recipe.seed,
         max_new_tokens=recipe.data.max_completion_tokens,

@@ -151,9 +151,8 @@ def _differ(values: list[float], chosen: tuple[int, ...]) -> bool:
 
 
 def some(rows: list[Row], count: int) -> list[Row]:
-    """`count` rows at random, in their order; all where there are fewer."""
-    kept = sorted(random.Random(f"{SEED} kept").sample(range(len(rows)), min(count, len(rows))))
-    return [rows[i] for i in kept]
+    """`count` rows, all where there are fewer, in a random order: the first hundred are a sample of the prompts."""
+    return random.Random(f"{SEED} kept").sample(rows, min(count, len(rows)))
 
 
 def with_noise(rows: list[Row], flip: Any) -> list[Row]:

@@ -36,8 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs.add_parser("doctor", help=summary, description=summary)
     summary = "sample k answers to every prompt of a file, for labelling; goes on after an interruption"
     add_sample_arguments(verbs.add_parser("sample", help=summary, description=summary))
+    summary = "reward scores for every row of a data file; goes on after an interruption"
+    add_score_arguments(verbs.add_parser("score", help=summary, description=summary))
     args = parse(parser, argv)
-    actions = {"doctor": _doctor, "sample": lambda: _sample(args)}
+    actions = {"doctor": _doctor, "sample": lambda: _sample(args), "score": lambda: _score(args)}
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
 
@@ -79,6 +81,17 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", metavar="N", type=int, default=32, help="answers at a time (default: %(default)s)"
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run directory of a reward model")
+    parser.add_argument(
+        "--in", dest="source", metavar="FILE", required=True, help="prompts with answers, in any data format"
+    )
+    parser.add_argument("--out", metavar="FILE", help="default: FILE.scores.jsonl in the working directory")
+    combine = ("mean", "min", "mean_minus_std")
+    parser.add_argument("--combine", choices=combine, default="mean", help="an ensemble's scores (default: mean)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="texts at a time (default: 16)")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -142,6 +155,15 @@ def _sample(args: argparse.Namespace) -> int:
     values = {key: value for key, value in vars(args).items() if key != "verb"}
     values["out"] = args.out or f"{Path(args.prompts).name.partition('.')[0]}.samples.jsonl"
     sample(Sampling(**values))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    quiet()
+    from lowrank_rlhf.score_file import ScoreFile, score_file
+
+    out = args.out or f"{Path(args.source).name.partition('.')[0]}.scores.jsonl"
+    score_file(ScoreFile(args.run, args.source, out, args.combine, args.batch_size))
     return 0
 
 

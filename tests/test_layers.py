@@ -14,7 +14,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # From the top down; what stands on one line may import each other.
 LAYERS = [
     {"cli"},
-    {"doctor", "arena", "remote"},
+    {"doctor", "arena", "remote", "export"},
     {"stages"},
     {"evaluation"},
     {"sampling", "score_file"},
@@ -24,6 +24,7 @@ LAYERS = [
     {"resumable"},
     {"runs"},
     {"checkpoints", "plots", "tracking", "cards"},
+    {"snippets"},
     {"backbone"},
     {"data"},
     {"logps", "losses", "advantages", "kl"},

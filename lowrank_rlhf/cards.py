@@ -37,9 +37,17 @@ NO_MERGE = (
     "Do not merge it into the 4-bit base: that loses most of it; `lowrank-rlhf export --merge` makes 16-bit models."
 )
 CLASSIFIER = """
-It reads the state of the last token that is not `{pad}`, the pad token, in which no text ends. In training a text was at
-most {max_prompt_tokens} tokens of prompt, cut at its beginning, and {max_completion_tokens} of answer.
+It reads the state of the last token that is not `{pad}`, the pad token, in which no text ends. In training, texts were
+at most {max_prompt_tokens} tokens of prompt, cut at the front, and {max_completion_tokens} of answer.
 """
+CHECKS = {
+    "fp32_right_padding": "this folder on the fp32 base, texts padded on the right, with our own scores there",
+    "fp32_left_padding": "this folder on the fp32 base, texts padded on the left, with our own scores there",
+    "fp32": "this folder on the fp32 base with our own logits there",
+    "fp32_and_run": "the fp32 base with the run's own",
+    "merged_and_adapter": "the merged model with the adapter on the 16-bit base",
+    "merged_and_run": "the merged model with the run",
+}
 MERGED = {
     None: "It was trained on the base in NF4. On the base in 16 bit it is another model, as the comparison above says; "
     "do not merge it: `lowrank-rlhf export --merge` does, into the values of the NF4 weights.",
@@ -90,7 +98,7 @@ def export_card(role: str, info: dict[str, Any], report: dict[str, Any], *, end_
         limits.append(MERGED[report["merge"]])
     tables = _table("last metrics", {k: v for k, v in info.get("final", {}).items() if isinstance(v, int | float)})
     for name, found in report["checks"].items():
-        tables += _table(f"compared: {name}", found)
+        tables += _table(f"compared: {CHECKS[name]}", found)
     kind = "sequence classifier" if report["classifier"] else "causal model"
     title = f"{role}: merged 16-bit {kind}" if merged else f"{role}: adapter of a {kind}"
     tags = [info["stage"]] if merged else ["lora", info["stage"]]

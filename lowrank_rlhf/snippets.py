@@ -1,9 +1,15 @@
 """The Python in the cards of exports: how to load and use them with plain transformers and PEFT."""
 
+# model: (import, how `base` is made); any other base is a hub id or a folder
 BASES = {
-    "tiny": 'from lowrank_rlhf.backbone.tiny import tiny_model\n\nbase = "tiny"\ntiny_model().save_pretrained(base)',
-    "smollm2-135m-instruct": "from lowrank_rlhf.backbone.embedded import embedded_model  # it is on no model hub\n\n"
-    "base = str(embedded_model())",
+    "tiny": (
+        "from lowrank_rlhf.backbone.tiny import tiny_model",
+        'base = "tiny"\ntiny_model().save_pretrained(base)',
+    ),
+    "smollm2-135m-instruct": (
+        "from lowrank_rlhf.backbone.embedded import embedded_model  # this base is on no model hub",
+        "base = str(embedded_model())",
+    ),
 }
 NF4 = """
 quantization = BitsAndBytesConfig(
@@ -48,21 +54,19 @@ def snippet(
     """
     kind = "AutoModelForSequenceClassification" if classifier else "AutoModelForCausalLM"
     nf4 = quantization == "nf4" and not merged
+    imports, made = BASES.get(model, ("", f"base = {model!r}"))
     lines = ["import torch"] + ([] if merged else ["from peft import PeftModel"])
-    lines += [f"from transformers import {kind}, AutoTokenizer{', BitsAndBytesConfig' if nf4 else ''}", ""]
-    lines += ['folder = "this folder"', "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    lines += [f"from transformers import {kind}, AutoTokenizer{', BitsAndBytesConfig' if nf4 else ''}"]
+    lines += [imports] if imports and not merged else []
+    lines += ["", 'folder = "this folder"', "tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if merged:
         lines += [f"model = {kind}.from_pretrained(folder).eval()"]
     else:
-        arguments = ["base"]
-        if model not in BASES and revision and not revision.startswith("folder-"):
-            arguments.append(f"revision={revision!r}")
-        if classifier:
-            arguments += ["num_labels=1", "pad_token_id=tokenizer.pad_token_id"]
-        if nf4:
-            arguments.append("quantization_config=quantization")
-        lines += [BASES.get(model, f"base = {model!r}")] + ([NF4.strip()] if nf4 else [])
-        lines += [f"model = {kind}.from_pretrained({', '.join(arguments)})"]
-        lines += ["model = PeftModel.from_pretrained(model, folder).eval()"]
+        is_hub = model not in BASES and revision and not revision.startswith("folder-")
+        arguments = ["base", *([f"revision={revision!r}"] if is_hub else [])]
+        arguments += ["num_labels=1", "pad_token_id=tokenizer.pad_token_id"] if classifier else []
+        arguments += ["quantization_config=quantization"] if nf4 else []
+        lines += [made, *([NF4.strip()] if nf4 else []), f"model = {kind}.from_pretrained("]
+        lines += [f"    {', '.join(arguments)}", ")", "model = PeftModel.from_pretrained(model, folder).eval()"]
     usage = (SCORE if classifier else ANSWER).format(end=end_of_turn)
     return "\n".join(["```python", *lines, usage, "```", ""])

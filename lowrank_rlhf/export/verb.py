@@ -19,7 +19,7 @@ from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.classifier import with_own_pad, write_classifier
 from lowrank_rlhf.backbone.plain import dequantized, load_adapted, load_whole, merge_dtype, save_merged
 from lowrank_rlhf.backbone.store import HEAD, WEIGHTS, load_role
-from lowrank_rlhf.cards import export_card
+from lowrank_rlhf.cards import CHECKS, export_card
 from lowrank_rlhf.config import Base, Data
 from lowrank_rlhf.data import Renderer, Sequence
 from lowrank_rlhf.data.rendering import plain_chat_template
@@ -141,16 +141,16 @@ class _Member:
             model = load_adapted(self.base, self.folder, torch.float32, pad_token_id=self.tokenizer.pad_token_id)
             for side in ("right", "left"):
                 found = compare_scores(classifier_scores(model, self.tokenizer, probes, side), ours)
-                self._check(f"fp32 classifier, {side} padding, and our fp32 scores", found, scale=scale)
-            self._check("our fp32 scores and the run's", compare_scores(ours, scores), binding=False)
+                self._check(f"fp32_{side}_padding", found, scale=scale)
+            self._check("fp32_and_run", compare_scores(ours, scores), binding=False)
             return
         adapted = self._adapted()
         before = classifier_scores(adapted, self.tokenizer, probes)
         merged = self._merged(adapted, stop_ids)
         after = classifier_scores(merged, self.tokenizer, probes)
-        self._check("merged model and adapter on the 16-bit base", compare_scores(after, before))
+        self._check("merged_and_adapter", compare_scores(after, before))
         is_trained = self.options.merge == "trained"
-        self._check("merged model and the run", compare_scores(after, scores), binding=is_trained)
+        self._check("merged_and_run", compare_scores(after, scores), binding=is_trained)
 
     def _compare_policy(self, probes: list[Sequence], stop_ids: list[int]) -> None:
         with self.run.use(self.name) as own:
@@ -160,15 +160,15 @@ class _Member:
             del self.run, own
             ours = self._on_full_base(lambda full: _role_logits(full, self.name, probes))
             found = compare_logits(ours, text_logits(load_adapted(self.base, self.folder, torch.float32), probes))
-            self._check("fp32 base with PEFT and our fp32 logits", found, scale=scale)
-            self._check("the run's logits and our fp32 logits", compare_logits(logits, ours), binding=False)
+            self._check("fp32", found, scale=scale)
+            self._check("fp32_and_run", compare_logits(logits, ours), binding=False)
             return
         del own
         adapted = self._adapted()
         before = text_logits(adapted, probes)
         after = text_logits(self._merged(adapted, stop_ids), probes)
-        self._check("adapter on the 16-bit base and merged model", compare_logits(before, after))
-        self._check("the run and the merged model", compare_logits(logits, after), binding=False)
+        self._check("merged_and_adapter", compare_logits(before, after))
+        self._check("merged_and_run", compare_logits(logits, after), binding=False)
 
     def _on_full_base(self, measure: Callable[[Backbone], T]) -> T:
         """A measurement with our own passes on the base in fp32."""
@@ -194,10 +194,10 @@ class _Member:
 
     def _check(self, name: str, found: dict[str, float], *, scale: float | None = None, binding: bool = True) -> None:
         figures = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
-        print(f"export: {self.name}: {name}: {figures}{'' if binding else ' (for information)'}", flush=True)
+        print(f"export: {self.name}: {CHECKS[name]}: {figures}{'' if binding else ' (for information)'}", flush=True)
         self.checks[name] = found
         if binding:
-            require(name, found, scale=scale)
+            require(CHECKS[name], found, scale=scale)
 
     def _report(self) -> dict[str, Any]:
         return {

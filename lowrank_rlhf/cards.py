@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from lowrank_rlhf.snippets import snippet
+
 METHODS = {
     "sft": "Supervised fine-tuning: cross-entropy on the answers' tokens.",
     "reward": "Reward model: Bradley–Terry, −log σ(r_chosen − r_rejected).",
@@ -31,6 +33,30 @@ NF4 = """, quantization_config=BitsAndBytesConfig(
 )"""
 
 
+NO_MERGE = (
+    "Do not merge it into the 4-bit base: that loses most of it; `lowrank-rlhf export --merge` makes 16-bit models."
+)
+CLASSIFIER = """
+It reads the state of the last token that is not `{pad}`, the pad token, in which no text ends. In training, texts were
+at most {max_prompt_tokens} tokens of prompt, cut at the front, and {max_completion_tokens} of answer.
+"""
+CHECKS = {
+    "fp32_right_padding": "this folder on the fp32 base, texts padded on the right, with our own scores there",
+    "fp32_left_padding": "this folder on the fp32 base, texts padded on the left, with our own scores there",
+    "fp32": "this folder on the fp32 base with our own logits there",
+    "fp32_and_run": "the fp32 base with the run's own",
+    "merged_and_adapter": "the merged model with the adapter on the 16-bit base",
+    "merged_and_run": "the merged model with the run",
+}
+MERGED = {
+    None: "It was trained on the base in NF4. On the base in 16 bit it is another model, as the comparison above says; "
+    "do not merge it: `lowrank-rlhf export --merge` does, into the values of the NF4 weights.",
+    "trained": "Its base weights are the values of the NF4 weights it was trained on, not the base's own.",
+    "original": "It was trained on the base in NF4 and merged into the base's own 16-bit weights, where it is another "
+    "model, as the comparison above says.",
+}
+
+
 def model_card(role: str, info: dict[str, Any], metrics: dict[str, float], *, has_head: bool) -> str:
     """The card of a role, in Markdown with the hub's front matter.
 
@@ -38,9 +64,52 @@ def model_card(role: str, info: dict[str, Any], metrics: dict[str, float], *, ha
         info: what run.json says of the run.
         metrics: the last ones.
     """
+    nf4 = info["base"]["quantization"] == "nf4"
+    usage = LOAD.format(model=_public(info["base"]["model"]), quantization=NF4 if nf4 else "")
+    if has_head:
+        usage += HEAD.lstrip()
+    limits = [LIMITS.get(role, ""), NO_MERGE if nf4 else ""]
+    return _card(
+        f"{role} adapter", "peft", ["lora", info["stage"]], info, _table("last metrics", metrics), usage, limits
+    )
+
+
+def export_card(role: str, info: dict[str, Any], report: dict[str, Any], *, end_of_turn: str) -> str:
+    """The card of an exported role.
+
+    Args:
+        info: what run.json says of the run.
+        report: what export.json says of the export.
+        end_of_turn: the token that ends an answer.
+    """
+    base, merged = info["base"], report["merge"] is not None
+    usage = snippet(
+        _public(base["model"]),
+        base["revision"],
+        classifier=report["classifier"],
+        merged=merged,
+        quantization=base["quantization"],
+        end_of_turn=end_of_turn,
+    )
+    if report["classifier"]:
+        usage += CLASSIFIER.format(pad=report["pad_token"], **info["recipe"]["data"])
+    limits = [LIMITS.get(role.partition("_")[0], "")]
+    if base["quantization"] == "nf4":
+        limits.append(MERGED[report["merge"]])
+    tables = _table("last metrics", {k: v for k, v in info.get("final", {}).items() if isinstance(v, int | float)})
+    for name, found in report["checks"].items():
+        tables += _table(f"compared: {CHECKS[name]}", found)
+    kind = "sequence classifier" if report["classifier"] else "causal model"
+    title = f"{role}: merged 16-bit {kind}" if merged else f"{role}: adapter of a {kind}"
+    tags = [info["stage"]] if merged else ["lora", info["stage"]]
+    return _card(title, "transformers" if merged else "peft", tags, info, tables, usage, limits)
+
+
+def _card(
+    title: str, library: str, tags: list[str], info: dict[str, Any], tables: list[str], usage: str, limits: list[str]
+) -> str:
     base, recipe = info["base"], info["recipe"]
-    nf4 = base["quantization"] == "nf4"
-    model = Path(base["model"]).name if Path(base["model"]).is_absolute() else base["model"]
+    model = _public(base["model"])
     facts = {
         "method": METHODS[info["stage"]],
         "base": f"`{model}`, revision `{base['revision']}`, loaded as {base['quantization']}",
@@ -51,18 +120,16 @@ def model_card(role: str, info: dict[str, Any], metrics: dict[str, float], *, ha
         "seed": recipe["seed"],
     }
     rows = [f"| {name} | {value} |" for name, value in facts.items() if value is not None]
-    figures = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
-    lines = [
-        "---",
-        f"base_model: {model}",
-        "library_name: peft",
-        f"tags: [lora, lowrank-rlhf, {info['stage']}]",
-    ]
-    lines += ["---", "", f"# {role} adapter", "", "| | |", "|---|---|", *rows, ""]
-    if figures:
-        lines += ["| last metrics | |", "|---|---|", *figures, ""]
-    lines += [LOAD.format(model=model, quantization=NF4 if nf4 else "")]
-    if has_head:
-        lines += [HEAD.strip(), ""]
-    limits = ["Do not merge it into the 4-bit base: that loses most of it; merge into the 16-bit one."] if nf4 else []
-    return "\n".join([*lines, "## Limits", "", *(f"- {text}" for text in [LIMITS.get(role), *limits] if text), ""])
+    lines = ["---", f"base_model: {model}", f"library_name: {library}", f"tags: [{', '.join([*tags, 'lowrank-rlhf'])}]"]
+    lines += ["---", "", f"# {title}", "", "| | |", "|---|---|", *rows, "", *tables, usage]
+    return "\n".join([*lines, "## Limits", "", *(f"- {text}" for text in limits if text), ""])
+
+
+def _table(title: str, figures: dict[str, float]) -> list[str]:
+    rows = [f"| {name} | {value:.4g} |" for name, value in figures.items()]
+    return [f"| {title} | |", "|---|---|", *rows, ""] if rows else []
+
+
+def _public(model: str) -> str:
+    """A base's name without the folders of this machine."""
+    return Path(model).name if Path(model).is_absolute() else model

@@ -39,8 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_sample_arguments(verbs.add_parser("sample", help=summary, description=summary))
     summary = "judge a reward model, or compare policies"
     add_evaluate_arguments(verbs.add_parser("evaluate", help=summary, description=summary))
+    summary = "reward scores for every row of a data file; goes on after an interruption"
+    add_score_arguments(verbs.add_parser("score", help=summary, description=summary))
+    summary = "a run's role for plain transformers and PEFT: an adapter, or a merged 16-bit model"
+    add_export_arguments(verbs.add_parser("export", help=summary, description=summary))
     args = parse(parser, argv)
-    actions = {"doctor": _doctor, "sample": lambda: _sample(args), "evaluate": lambda: _evaluate(args)}
+    actions = {
+        "doctor": _doctor,
+        "sample": lambda: _sample(args),
+        "evaluate": lambda: _evaluate(args),
+        "score": lambda: _score(args),
+        "export": lambda: _export(args),
+    }
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
 
@@ -82,6 +92,31 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", metavar="N", type=int, default=32, help="answers at a time (default: %(default)s)"
     )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=256, help="(default: %(default)s)")
+
+
+def add_score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="the run directory of a reward model")
+    parser.add_argument(
+        "--in", dest="source", metavar="FILE", required=True, help="prompts with answers, in any data format"
+    )
+    parser.add_argument("--out", metavar="FILE", help="default: FILE.scores.jsonl in the working directory")
+    combine = ("mean", "min", "mean_minus_std")
+    parser.add_argument("--combine", choices=combine, default="mean", help="an ensemble's scores (default: mean)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="texts at a time (default: 16)")
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("--to", metavar="DIR", required=True, help="the folder to make")
+    parser.add_argument("--role", choices=("reward", "policy", "sft"), help="default: the first of these it has")
+    parser.add_argument(
+        "--merge",
+        nargs="?",
+        const="trained",
+        choices=("trained", "original"),
+        help="a whole model in bf16, merged into the weights the role was trained on (default), or the base's own",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -153,6 +188,23 @@ def _evaluate(args: argparse.Namespace) -> int:
     from lowrank_rlhf.evaluation.arguments import evaluate
 
     return evaluate(args)
+
+
+def _score(args: argparse.Namespace) -> int:
+    quiet()
+    from lowrank_rlhf.score_file import ScoreFile, score_file
+
+    out = args.out or f"{Path(args.source).name.partition('.')[0]}.scores.jsonl"
+    score_file(ScoreFile(args.run, args.source, out, args.combine, args.batch_size))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    quiet()
+    from lowrank_rlhf.export import Export, export
+
+    export(Export(args.run, args.to, args.role, args.merge, args.overwrite))
+    return 0
 
 
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:

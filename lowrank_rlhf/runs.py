@@ -30,6 +30,7 @@ from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.store import load_role, save_role
 from lowrank_rlhf.cards import model_card
 from lowrank_rlhf.checkpoints import Checkpoints
+from lowrank_rlhf.config import Base, Data
 from lowrank_rlhf.config import Run as RunRecipe
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.loader import as_dict, as_yaml
@@ -243,6 +244,21 @@ def read_run(run_dir: Path, key: str) -> dict[str, Any]:
         return dict(json.loads((run_dir / "run.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {run_dir} is not a run directory (no readable run.json)") from error
+
+
+def recipe_base_and_data(run_dir: Path, source: str, **changed: Any) -> tuple[Base, Data]:
+    """The base of a run on this machine's device, and how the run renders and cuts texts, for those of `source`.
+
+    Raises:
+        UserError: not a run, or one of another version.
+    """
+    info = read_run(run_dir, "RUN")
+    try:
+        base, data = info["recipe"]["base"], info["recipe"]["data"]
+        kept = {key: data[key] for key in ("prompt_template", "max_prompt_tokens", "max_completion_tokens")}
+        return Base(**{**base, "device": "auto"}), Data(source, **{**kept, **changed})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run_dir}/run.json: not a run of this version: {error!r}") from error
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -1,14 +1,8 @@
-"""Candidates for labelling: k answers to every prompt of a file, written so that a kill loses at most one batch.
-
-OUT            one row a prompt, in the order of the prompts file
-OUT.meta.json  what the rows were sampled with; going on with anything else is refused
-"""
+"""Candidates for labelling: k answers to every prompt of a file, written so that a kill loses at most one batch."""
 
 import dataclasses
 import hashlib
-import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +15,10 @@ from lowrank_rlhf.config import Base, Data, Rollout
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.progress import Progress
+from lowrank_rlhf.resumable import append_batch, keep_whole_batches, record_meta, refuse_other
 from lowrank_rlhf.rollout import generate
-from lowrank_rlhf.runs import load_run_role
-from lowrank_rlhf.samples import keep_whole_batches, read_prompts, record_meta, refuse_other, row_line
+from lowrank_rlhf.runs import load_run_role, recipe_base_and_data
+from lowrank_rlhf.samples import is_answer_to, read_prompts, row_line
 
 ROLES = ("policy", "sft")  # whose adapter of a run answers: the first that is there
 
@@ -81,12 +76,12 @@ def sample(sampling: Sampling) -> Path:
     examples = read_prompts(sampling.prompts)
     base, data, role = answerer(sampling)
     out, meta = Path(sampling.out), _meta(sampling, base, role)
-    refuse_other(out, meta)
-    done = keep_whole_batches(out, examples, sampling.batch_prompts)
+    refuse_other(out, meta, rows="samples")
+    done = keep_whole_batches(out, examples, len(examples), sampling.batch_prompts, is_answer_to)
     if done < len(examples):
         backbone = Backbone(base)
         meta |= {f"base_{key}": value for key, value in dataclasses.asdict(backbone.info).items()}
-        refuse_other(out, meta)
+        refuse_other(out, meta, rows="samples")
         if role is not None:
             load_run_role(backbone, sampling.source, role, role, key="RUN")
         record_meta(out, meta)
@@ -104,13 +99,7 @@ def answerer(sampling: Sampling) -> tuple[Base, Data, str | None]:
             raise UserError(f"{folder}: neither a run directory (run.json) nor a model folder (config.json)")
         data = Data(sampling.prompts, max_completion_tokens=sampling.max_new_tokens)
         return Base(model=sampling.source), data, None
-    try:
-        recipe = json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"]
-        base = Base(**{**recipe["base"], "device": "auto"})
-        kept = {key: recipe["data"][key] for key in ("prompt_template", "max_prompt_tokens")}
-        data = Data(sampling.prompts, max_completion_tokens=sampling.max_new_tokens, **kept)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/run.json: not a run of this version: {error!r}") from error
+    base, data = recipe_base_and_data(folder, sampling.prompts, max_completion_tokens=sampling.max_new_tokens)
     for role in ROLES:
         if _weights(folder, role).is_file():
             return base, data, role
@@ -146,12 +135,12 @@ def _write_rows(
             group = range(done, min(done + sampling.batch_prompts, len(examples)))
             torch.manual_seed(batch_seed(sampling.seed, done))
             answers = _answers(sampling, backbone, role, renderer.stop_ids, [prompts[i][0] for i in group])
+            lines = []
             for i, completions in zip(group, answers, strict=True):
                 texts = [renderer.decode(c.completion_ids) for c in completions]
                 ended = [not c.cut for c in completions]
-                file.write(row_line(examples[i], texts, sampling.answer_temperatures, sampling.seed, ended))
-            file.flush()
-            os.fsync(file.fileno())
+                lines.append(row_line(examples[i], texts, sampling.answer_temperatures, sampling.seed, ended))
+            append_batch(file, lines)
             done = group.stop
             line.step(done, sum(len(c.completion_ids) for completions in answers for c in completions))
 

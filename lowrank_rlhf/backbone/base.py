@@ -1,4 +1,4 @@
-"""Loading the one base model: the only place that calls `from_pretrained` on model weights."""
+"""Loading the one base model for training and scoring; `plain` loads it the way others do, to export."""
 
 import hashlib
 import json
@@ -77,17 +77,20 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def load_base(config: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:
+def load_base(
+    config: Base, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:
     """The base model, frozen and in eval mode, its tokenizer, and what identifies it.
 
     Args:
         config: `model` is `smollm2-135m-instruct`, `tiny`, a hub id or a local folder.
+        dtype: of what is not 4-bit; None picks what the device computes best.
 
     Raises:
         UserError: the model cannot be found or loaded, or post-processes its logits in a way we cannot reproduce.
     """
     device = pick_device(config.device)
-    dtype = pick_dtype(device)
+    dtype = dtype or pick_dtype(device)
     if config.model == tiny.MODEL_ID:
         model, tokenizer, revision = _tiny(config, device, dtype)
     else:
@@ -191,11 +194,7 @@ def _tiny(
 def _from_pretrained(
     config: Base, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
-    is_embedded = config.model == embedded.MODEL_ID
-    if is_embedded and config.revision not in (None, embedded.REVISION):
-        raise UserError(f"base.revision: {embedded.MODEL_ID} has one revision, {embedded.REVISION}; drop the key")
-    source = str(embedded.embedded_model()) if is_embedded else config.model
-    revision = {} if is_embedded or config.revision is None else {"revision": config.revision}
+    source, revision = resolve_source(config)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source,
@@ -210,11 +209,20 @@ def _from_pretrained(
             f"base.model: {config.model!r} cannot be loaded as a causal language model: "
             f"{str(error).strip().splitlines()[0]}"
         ) from error
-    if is_embedded:
+    if config.model == embedded.MODEL_ID:
         return model, tokenizer, embedded.REVISION
     if Path(source).is_dir():
         return model, tokenizer, folder_revision(Path(source))
     return model, tokenizer, getattr(model.config, "_commit_hash", None) or config.revision
+
+
+def resolve_source(config: Base) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes: a hub id or a folder, and the revision as a keyword where there is one."""
+    if config.model != embedded.MODEL_ID:
+        return config.model, {} if config.revision is None else {"revision": config.revision}
+    if config.revision not in (None, embedded.REVISION):
+        raise UserError(f"base.revision: {embedded.MODEL_ID} has one revision, {embedded.REVISION}; drop the key")
+    return str(embedded.embedded_model()), {}
 
 
 def folder_revision(folder: Path, tail_bytes: int = 2**20) -> str:

@@ -30,6 +30,7 @@ class Backbone(Passes):
 
     Args:
         base: what to load.
+        dtype: of what is not 4-bit; None picks what the device computes best.
 
     Attributes:
         model: the causal language model itself, with every adapter's layers injected.
@@ -39,8 +40,8 @@ class Backbone(Passes):
         reference_role: the role that is the KL and preference reference; None is the base with all adapters off.
     """
 
-    def __init__(self, base: Base):
-        self.model, self.tokenizer, self.info = _checked(base)
+    def __init__(self, base: Base, dtype: torch.dtype | None = None):
+        self.model, self.tokenizer, self.info = _checked(base, dtype)
         self.heads = nn.ModuleDict()
         self.reference_role: str | None = None
         self.peft: PeftModel | None = None  # PEFT cannot wrap a model with no adapter, so it comes with the first role
@@ -257,8 +258,8 @@ class Backbone(Passes):
             self._select(before)
 
 
-def _checked(base: Base) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:
-    model, tokenizer, info = load_base(base)
+def _checked(base: Base, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:
+    model, tokenizer, info = load_base(base, dtype)
     check_logit_path(model)
     return model, tokenizer, info
 

@@ -56,11 +56,14 @@ def save_role(backbone: Backbone, role: str, folder: Path, card: str) -> None:
     scratch.rename(folder)
 
 
-def load_role(backbone: Backbone, folder: Path, role: str) -> None:
+def load_role(backbone: Backbone, folder: Path, role: str, *, probe: bool = True) -> None:
     """Add the adapter of a folder as `role`, with its head where it has one; frozen until `train_only` names it.
 
     An adapter of a sequence classifier with one label, as trl and transformers train reward models, loads too: its
     layers have the names of the causal model's, and its `score` layer becomes the head.
+
+    Args:
+        probe: score the stored batch again; False where this is knowingly another base, as the same one in 16 bit.
 
     Raises:
         UserError: the folder is not a LoRA adapter, or not one for this base.
@@ -86,12 +89,14 @@ def load_role(backbone: Backbone, folder: Path, role: str) -> None:
         backbone.add_head(role)
         backbone.heads[role].load_state_dict({"linear.weight": score.float()})
     if (folder / HEAD).is_file():
-        backbone.add_head(role, _pooling(folder))
+        backbone.add_head(role, saved_pooling(folder))
         backbone.heads[role].load_state_dict(load_file(folder / HEAD))
-        _check_probe(backbone, role, folder)
+        if probe:
+            _check_probe(backbone, role, folder)
 
 
-def _pooling(folder: Path) -> Pooling:
+def saved_pooling(folder: Path) -> Pooling:
+    """How the head of a saved role reads a sequence."""
     with safe_open(folder / HEAD, framework="pt") as file:
         return cast(Pooling, (file.metadata() or {}).get("pooling", "last"))
 

@@ -7,6 +7,7 @@ Where an answer begins and ends is found by rendering the dialogue up to it and 
 begin with the one before. So templates need no `{% generation %}` marks, and one that rewrites earlier turns is told.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,3 +173,21 @@ class Renderer:
         if ids and ids[0] in self.tokenizer.all_special_ids + list(self.tokenizer.added_tokens_decoder):
             return str(self.tokenizer.convert_ids_to_tokens(ids[0]))
         raise UserError("base.model: the chat template does not end an assistant turn with a special token")
+
+
+def plain_chat_template(prompt_template: str) -> str:
+    """What `Renderer` reads of a base without a chat template, as a chat template for its tokenizer.
+
+    >>> plain_chat_template("Q: {prompt}\\nA: ")[:43]
+    '{{ bos_token or "" }}{% set ns = namespace('
+    """
+    question = json.dumps(prompt_template, ensure_ascii=False) + " | replace('{prompt}', ns.asked | join('\n\n'))"
+    ask = "{% if ns.asked %}{{ " + question + " }}{% endif %}"
+    return (
+        '{{ bos_token or "" }}{% set ns = namespace(asked=[]) %}{% for message in messages %}'
+        "{% if message['role'] == 'assistant' %}"
+        + ask
+        + "{{ message['content'] + eos_token }}{% set ns.asked = [] %}"
+        + "{% else %}{% set ns.asked = ns.asked + [message['content']] %}{% endif %}{% endfor %}"
+        + ask
+    )

@@ -8,6 +8,16 @@ from lowrank_rlhf.rewards.sources import (
     load_members,
     load_rewards,
     member_names,
+    saved_members,
 )
 
-__all__ = ["AdapterReward", "FunctionReward", "Reward", "Scored", "load_members", "load_rewards", "member_names"]
+__all__ = [
+    "AdapterReward",
+    "FunctionReward",
+    "Reward",
+    "Scored",
+    "load_members",
+    "load_rewards",
+    "member_names",
+    "saved_members",
+]

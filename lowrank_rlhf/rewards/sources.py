@@ -141,6 +141,11 @@ def member_names(role: str, members: int) -> list[str]:
     return [role, *(f"{role}_{i}" for i in range(2, members + 1))]
 
 
+def saved_members(run_dir: str | Path) -> list[str]:
+    """The names under which a reward run keeps its adapter, or those of its ensemble."""
+    return member_names(REWARD, sum(1 for _ in Path(run_dir, "adapters").glob(f"{REWARD}_*")) + 1)
+
+
 def load_members(backbone: Backbone, run_dir: str | Path, role: str, *, key: str) -> list[str]:
     """Add the reward adapters of a run as `role`, `role_2`, …; returns these names.
 
@@ -148,9 +153,9 @@ def load_members(backbone: Backbone, run_dir: str | Path, role: str, *, key: str
         UserError: no such run, one of another base, or not a reward run; names `key`.
     """
     read_run(Path(run_dir), key)
-    members = sum(1 for _ in Path(run_dir, "adapters").glob(f"{REWARD}_*")) + 1
-    roles = member_names(role, members)
-    for saved, name in zip(member_names(REWARD, members), roles, strict=True):
+    members = saved_members(run_dir)
+    roles = member_names(role, len(members))
+    for saved, name in zip(members, roles, strict=True):
         load_run_role(backbone, run_dir, saved, name, key=key)
         if name not in backbone.heads:
             raise UserError(f"{key}: {run_dir} has no head.safetensors; is it a reward run?")

@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     start = {"sft": [], "reward": [], "ppo": [f"policy_from={folder}/sft"]}
     for stage, links in start.items():
-        recipe = ["--config", str(ROOT / f"recipes/{stage}.yaml"), f"data.train={ROOT}/recipes/data/starter.jsonl"]
+        recipe = ["--config", str(ROOT / f"recipes/{stage}.yaml")]
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(ROOT)
             assert main([stage, *recipe, *TINY, f"run_dir={folder}/{stage}", *links]) == 0

@@ -23,7 +23,7 @@ def mean_scores(seed, change_advantages=lambda advantages, mask: advantages):
     """Mean reward of the rollouts before each update, on float32."""
     overrides = [
         f"seed={seed}",
-        f"data.train={ROOT}/recipes/quickstart/data/prompts_train.jsonl",
+        f"data.train={ROOT}/tests/learning_prompts.jsonl",
         "data.max_prompt_tokens=16",
         f"data.max_completion_tokens={ASKED_TOKENS}",
         "base.model=tiny",

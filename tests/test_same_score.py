@@ -18,6 +18,7 @@ from lowrank_rlhf.export import Export, export
 from lowrank_rlhf.rewards import AdapterReward, load_members
 from lowrank_rlhf.score_file import ScoreFile, score_file
 from lowrank_rlhf.scoring import score_sequences
+from lowrank_rlhf.stages.comparisons import Comparison
 from lowrank_rlhf.stages.reward import evaluate
 
 PAIRS = [
@@ -57,8 +58,9 @@ class Scorer:
 
     def margins(self, micro_batch_size):
         """Chosen minus rejected of each pair, as training evaluates it."""
-        pairs = list(zip(self.sequences[::2], self.sequences[1::2], strict=True))
-        return [evaluate(self.backbone, [pair], ["p"], micro_batch_size)["eval_margin"] for pair in pairs]
+        pairs = zip(self.sequences[::2], self.sequences[1::2], strict=True)
+        rows = [Comparison("p", list(pair), [(0, 1)], [0.0]) for pair in pairs]
+        return [evaluate(self.backbone, ["reward"], [row], micro_batch_size)["eval_margin"] for row in rows]
 
     @torch.no_grad()
     def padded(self, side, width):

@@ -123,9 +123,10 @@ def test_in_the_same_layout_it_is_the_same_to_the_bit(tmp_path, pooling, quantiz
         ppo = scorer.ppo(run, size)
         assert score_sequences(scorer.backbone, "reward", scorer.sequences, size) == ppo
         assert Scorer(run, base).ppo(run, size) == ppo
-    # A batch of five rows is ten texts; the evaluation of one pair is a batch of two
+    # A batch of five rows is ten texts; the evaluation of one pair is a batch of two, told in float64
     assert file_scores(run, tmp_path, 10) == scorer.ppo(run, 10)
-    two = torch.tensor(scorer.ppo(run, 2)).view(-1, 2)
+    pairs = [scorer.sequences[i : i + 2] for i in range(0, len(scorer.sequences), 2)]
+    two = torch.tensor([score_sequences(scorer.backbone, "reward", p, 2) for p in pairs], dtype=torch.float64)
     assert scorer.margins(1) == (two[:, 0] - two[:, 1]).tolist()
 
 

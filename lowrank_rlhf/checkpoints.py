@@ -51,10 +51,10 @@ class Checkpoints:
             scratch.mkdir()
             yield scratch
             for path in [*scratch.rglob("*"), scratch]:
-                _fsync(path)
+                fsync(path)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
-            _fsync(self.folder)
+            fsync(self.folder)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
             raise UserError(self._full(error, step)) from error
@@ -109,7 +109,7 @@ def load_state(folder: Path, backbone: Backbone, optimizers: Mapping[str, tuple[
     return dict(state["extra"])
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -46,10 +46,10 @@ def fill_the_disk():
 def main(moment, count, *arguments):
     where = {
         "log": (runs.Run, "log", kill),  # between two steps
-        "write": (checkpoints, "_fsync", kill),  # a checkpoint is half on the disk
+        "write": (checkpoints, "fsync", kill),  # a checkpoint is half on the disk
         "rename": (checkpoints.Path, "rename", kill),  # a checkpoint is complete, under its temporary name
         "sigterm": (runs.Run, "log", terminate),
-        "disk": (checkpoints, "_fsync", fill_the_disk),
+        "disk": (checkpoints, "fsync", fill_the_disk),
         "never": (runs.Run, "log", lambda: None),
     }
     module, name, action = where[moment]

@@ -3,15 +3,8 @@
 import numpy as np
 import pytest
 
-from lowrank_rlhf.evaluation.length import (
-    LengthBias,
-    longer_higher_share,
-    margin_correlations,
-    pearson,
-    ranks,
-    spearman,
-    verdict,
-)
+from lowrank_rlhf.evaluation.correlation import pearson, ranks, spearman
+from lowrank_rlhf.evaluation.length import LengthBias, longer_higher_share, margin_correlations, verdict
 
 
 def test_pearson_by_hand():

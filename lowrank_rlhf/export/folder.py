@@ -1,11 +1,11 @@
 """The folder of an export: it appears whole, by one rename, after every byte is on disk."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lowrank_rlhf.checkpoints import fsync
 from lowrank_rlhf.errors import UserError
 
 REPORT = "export.json"
@@ -33,20 +33,12 @@ def appearing(target: Path) -> Iterator[Path]:
     try:
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
-            _fsync(path)
+            fsync(path)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         scratch.rename(target)
-        _fsync(scratch.parent)
+        fsync(scratch.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

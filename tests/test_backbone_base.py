@@ -191,8 +191,8 @@ def test_unknown_logit_processing_is_refused(backbone):
 
 
 def test_every_backbone_checks_its_logit_path(monkeypatch):
-    def load(config):
-        loaded = load_base(config)
+    def load(config, dtype):
+        loaded = load_base(config, dtype)
         triple_logits(loaded[0])
         return loaded
 

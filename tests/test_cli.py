@@ -72,8 +72,9 @@ def test_every_verb_has_help_and_every_stage_the_same_flags(capsys):
             cli.main([verb, "--help"])
         shown = capsys.readouterr().out
         assert f"usage: lowrank-rlhf {verb} [-h]" in shown
-        flags = ("--config FILE", "--dry-run", "--tiny", "--overwrite", "[key.sub=value ...]")
+        flags = ("--config FILE", "--dry-run", "--tiny", "--resume", "[key.sub=value ...]")
         assert {flag in shown for flag in flags} == {verb in STAGES}
+        assert ("--overwrite" in shown) == (verb in STAGES or verb == "export")
 
 
 def test_the_installed_command_is_this_one():

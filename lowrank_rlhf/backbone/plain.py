@@ -1,7 +1,7 @@
 """A base with one adapter as plain transformers and PEFT load them, never in 4 bit: to check exports, and to merge.
 
 A merge goes into 16-bit weights: the values that the run's NF4 weights stand for, or the base's own. Measured on
-SmolLM2-135M: a reward adapter trained on NF4 ranks 64 probes on the base's own weights with a Spearman correlation of
+SmolLM2-135M: a reward adapter trained on NF4 ranks the probes on the base's own weights with a Spearman correlation of
 0.79 to the run, on the NF4 values with 0.999; a PPO policy is 0.36 nats a token from the run on the one, 0.0003 on the
 other. Nothing is quantised again in either.
 """

@@ -65,7 +65,7 @@ class Run:
 
     Raises:
         UserError: the folder holds something and neither flag is on, holds something that is not a run, or holds a
-            run of another recipe.
+            run of another recipe; or this is one of several processes.
     """
 
     def __init__(self, recipe: RunRecipe, *, overwrite: bool = False, resume: bool = False):
@@ -76,6 +76,9 @@ class Run:
         self.checkpoint: Path | None = None
         self.stopping = False
         self.opened = time.perf_counter()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Each would train on its own, their gradients never meeting, and write into one folder
+            raise UserError("WORLD_SIZE: started as several processes; training uses one GPU, start it as one")
         check_installed(recipe.track)
         self.trackers: Trackers | None = None
         self.overwrite = overwrite

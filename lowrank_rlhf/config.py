@@ -207,7 +207,7 @@ class Shaping:
 class KL:
     """The leash: `coef` score units per nat of KL to the reference, inside the reward or, else, in the policy's loss.
 
-    `target`: nats per completion that the coefficient is steered to, by at most 20 % per `horizon` completions' share.
+    `target`: nats per completion; above it the coefficient rises, below it falls, up to 20 % in `horizon` completions.
     `clip`: of the KL of one token, in nats. `refresh_steps`: every so many iterations the reference becomes a frozen
     copy of the policy.
     """
@@ -237,7 +237,7 @@ class ValueModel:
 
 @dataclass(frozen=True)
 class Ptx:
-    """The SFT mix: `coef` times the loss on demonstrations is added to every policy step (0 without `data`)."""
+    """The SFT mix: `coef` times the loss on demonstrations is added to every policy step; nothing without `data`."""
 
     data: str | None = None
     coef: float = ranged(1.0, 0)

@@ -82,9 +82,17 @@ def _line(label: str, count: int, total: int | None, seconds: float) -> str:
     """
     rate = count / seconds
     if total is None:
-        return f"{label}  {count:,} rows  {rate:,.0f}/s"
+        return f"{label}  {count:,} rows  {_speed(rate)}"
     done = count / total
     bar = f"{'#' * int(20 * done):<20}"
     return f"{label} [{bar}] {done:4.0%}".replace("%", " %") + (
-        f"  {count:,} of {total:,}  {rate:,.0f}/s  {(total - count) / rate:.0f} s left"
+        f"  {count:,} of {total:,}  {_speed(rate)}  {(total - count) / rate:.0f} s left"
     )
+
+
+def _speed(rate: float) -> str:
+    """
+    >>> _speed(1234.5), _speed(0.1)
+    ('1,234/s', '10 s each')
+    """
+    return f"{rate:,.0f}/s" if rate >= 1 else f"{1 / rate:.0f} s each"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lowrank_rlhf.adapters import ANSWERING, adapter_file, answering_role
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.config import Base, Data, Rollout
@@ -19,8 +20,6 @@ from lowrank_rlhf.resumable import append_batch, keep_whole_batches, record_meta
 from lowrank_rlhf.rollout import generate
 from lowrank_rlhf.runs import load_run_role, recipe_base_and_data
 from lowrank_rlhf.samples import is_answer_to, read_prompts, row_line
-
-ROLES = ("policy", "sft")  # whose adapter of a run answers: the first that is there
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,10 @@ def answerer(sampling: Sampling) -> tuple[Base, Data, str | None]:
         data = Data(sampling.prompts, max_completion_tokens=sampling.max_new_tokens)
         return Base(model=sampling.source), data, None
     base, data = recipe_base_and_data(folder, sampling.prompts, max_completion_tokens=sampling.max_new_tokens)
-    for role in ROLES:
-        if _weights(folder, role).is_file():
-            return base, data, role
-    raise UserError(f"{folder}: adapters/ has no {' or '.join(ROLES)}, so this run has nobody to answer")
+    role = answering_role(folder)
+    if role is None:
+        raise UserError(f"{folder}: adapters/ has no {' or '.join(ANSWERING)}, so this run has nobody to answer")
+    return base, data, role
 
 
 def batch_seed(seed: int, first_prompt: int) -> int:
@@ -169,11 +168,7 @@ def _meta(sampling: Sampling, base: Base, role: str | None) -> dict[str, Any]:
     return {
         "prompts_sha256": sha256_of(Path(sampling.prompts)),
         "base_model": base.model,
-        "adapter_sha256": role and sha256_of(_weights(sampling.source, role)),
+        "adapter_sha256": role and sha256_of(adapter_file(sampling.source, role)),
         "temperatures": sampling.answer_temperatures,
         **{key: getattr(sampling, key) for key in ("k", "seed", "batch_size", "max_new_tokens")},
     }
-
-
-def _weights(run_dir: str | Path, role: str) -> Path:
-    return Path(run_dir) / "adapters" / role / "adapter_model.safetensors"

@@ -1,10 +1,11 @@
-"""Shared by every backbone test: the random two-layer base on CPU, once in float32 and once in NF4."""
+"""What several test modules start from: the random two-layer base on CPU, and servers on this machine."""
 
 import gc
 
 import bitsandbytes as bnb
 import pytest
 
+from lowrank_rlhf import http_json
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Base
 from lowrank_rlhf.runs import Run
@@ -35,3 +36,12 @@ def bases_seen(monkeypatch):
 
     monkeypatch.setattr(Run, "log", counting_log)
     return seen
+
+
+@pytest.fixture
+def local_servers(monkeypatch):
+    """Requests reach this machine's servers whatever its proxy, are repeated at once and carry no token of its user."""
+    monkeypatch.setattr(http_json, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
+    for token in ("LOWRANK_RLHF_REWARD_TOKEN", "OPENAI_API_KEY"):
+        monkeypatch.delenv(token, raising=False)

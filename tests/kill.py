@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 
 from lowrank_rlhf import checkpoints, cli, runs
 
@@ -35,6 +36,11 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def kill_later(milliseconds):
+    """Wherever the training then is."""
+    threading.Timer(milliseconds / 1000, kill).start()
+
+
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -52,8 +58,11 @@ def main(moment, count, *arguments):
         "disk": (checkpoints, "fsync", fill_the_disk),
         "never": (runs.Run, "log", lambda: None),
     }
-    module, name, action = where[moment]
-    before(module, name, at(int(count), action))
+    if moment == "clock":
+        before(runs.Run, "log", at(1, lambda: kill_later(int(count))))
+    else:
+        module, name, action = where[moment]
+        before(module, name, at(int(count), action))
     return cli.main(list(arguments))
 
 

@@ -4,20 +4,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lowrank_rlhf import http_json
 from lowrank_rlhf.data import Example
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.chat_judge import ChatJudge
 from tests.chat_server import serving
 
+pytestmark = pytest.mark.usefixtures("local_servers")
+
 EXAMPLES = [Example(f"row {i}", [{"role": "user", "content": f"How much is {i} + {i}?"}]) for i in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def _fast_and_local(monkeypatch):
-    monkeypatch.setattr(http_json, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 @pytest.fixture

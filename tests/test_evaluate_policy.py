@@ -14,6 +14,8 @@ from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies
 from lowrank_rlhf.evaluation.roster import BASE, read_roster
 from tests.chat_server import serving
 
+pytestmark = pytest.mark.usefixtures("local_servers")
+
 ROOT = Path(__file__).parent.parent
 PROMPTS = [{"prompt": f"How much is {i} + {i}?", "answer": str(2 * i), "must_mention": [str(2 * i)]} for i in range(12)]
 TINY = ["--tiny", "base.quantization=none", "train.learning_rate=0.05"]
@@ -87,7 +89,7 @@ def test_the_whole_report(evaluate, runs, tmp_path, capsys):
 
 
 def test_the_base_against_itself(evaluate):
-    base = evaluate("--reward", "tests.reward_functions:letters")[0]["base"]
+    base = evaluate("--reward", "tests.reward_functions:lowercase")[0]["base"]
     assert base["metrics"]["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
     assert base["metrics"]["kl_to_base"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert {d["value"] for d in base["differences"].values()} == {0.0}
@@ -104,7 +106,7 @@ def test_a_trained_policy_is_away_from_the_base_and_from_its_own_start(evaluate)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(evaluate):
-    flags = ["--reward", "tests.reward_functions:letters", *FULL]
+    flags = ["--reward", "tests.reward_functions:lowercase", *FULL]
     first, second = (evaluate(*flags, out=out, names=("ppo",)) for out in "ab")
     assert first == second
     other = evaluate(*flags[:-1], "4", out="c", names=("ppo",))
@@ -194,9 +196,8 @@ def test_a_start_that_is_gone_is_noted_and_is_an_error_only_where_it_is_needed(r
     assert main(["evaluate", "policy", str(tmp_path / "moved"), "--prompts", "x.jsonl", "--against", "start"]) == 2
 
 
-def test_a_server_that_always_says_a_changes_nothing(evaluate, monkeypatch):
+def test_a_server_that_always_says_a_changes_nothing(evaluate):
     """Both orders of each pair are asked, so a judge that only knows the first position gives every policy one half."""
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving() as server:
         policies, _, report = evaluate("--judge", server.url, names=("sft",))
     sft = policies["sft"]
@@ -206,8 +207,7 @@ def test_a_server_that_always_says_a_changes_nothing(evaluate, monkeypatch):
     assert "sft: 100% of the judge's preference went to what it was shown first; 50% is fair" in report["notes"]
 
 
-def test_a_server_that_talks_nonsense_gives_no_win_rate_and_a_note(evaluate, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def test_a_server_that_talks_nonsense_gives_no_win_rate_and_a_note(evaluate):
     with serving() as server:
         server.script = [("said", "Who knows?")]
         policies, rows, report = evaluate("--judge", server.url, names=("sft",))
@@ -236,8 +236,7 @@ def test_long_prompts_and_empty_answers_are_counted_and_nothing_is_nan(evaluate,
     assert "nan" not in capsys.readouterr().out.lower()
 
 
-def test_a_judge_that_fails_leaves_the_answers(runs, tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def test_a_judge_that_fails_leaves_the_answers(runs, tmp_path):
     words = ["--prompts", str(runs / "prompts.jsonl"), "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
     with serving() as server:
         server.script = [("said", "[[A]]"), 401]
@@ -274,8 +273,6 @@ def test_a_judge_that_fails_leaves_the_answers(runs, tmp_path, monkeypatch):
 )
 def test_what_cannot_be_used_is_told_before_anybody_answers(flags, words, runs, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(policy, "sample_answers", None)
-    monkeypatch.setattr("lowrank_rlhf.http_json.BACKOFF_SECONDS", 0.0)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
     out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
     command = ["evaluate", "policy", str(runs / "sft"), "--prompts", str(runs / "prompts.jsonl"), *out]
     assert main([*command, *flags]) == 2

@@ -23,7 +23,7 @@ LAYERS = [
     {"samples"},
     {"resumable", "callbacks"},
     {"runs"},
-    {"checkpoints", "plots", "tracking", "cards"},
+    {"checkpoints", "plots", "tracking", "cards", "adapters"},
     {"snippets"},
     {"backbone"},
     {"data"},

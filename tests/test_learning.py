@@ -1,4 +1,4 @@
-"""PPO learns: the random tiny model is taught to write letters by a reward that counts them.
+"""PPO learns: the random tiny model is taught to write lower-case letters by a reward that counts them.
 
 A step-0 law cannot see a wrong sign, a misaligned advantage or a lost gradient; this can, and the two controls at the
 end show that it does.
@@ -29,13 +29,14 @@ def mean_scores(seed, change_advantages=lambda advantages, mask: advantages):
         "base.model=tiny",
         "base.quantization=none",
         "base.device=cpu",
-        "reward=tests.reward_functions:letters",
+        "reward=tests.reward_functions:lowercase",
         "train.batch_size=64",
         "train.micro_batch_size=64",
         "train.learning_rate=3e-3",
         f"train.max_steps={STEPS}",
         "value_model.learning_rate=3e-3",
         "rollout.batch_size=64",
+        "rollout.temperature=0.75",  # the tiny model's logits are bounded: at 1 it cannot pass 0.8 or so
         "ppo.inner_epochs=4",
         "ppo.minibatches=1",
         "kl.coef=0",
@@ -54,11 +55,11 @@ def _in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_ppo_learns_a_programmatic_reward(seed):
     scores = mean_scores(seed)
-    assert scores[0] <= 0.3
-    assert sum(scores[-5:]) / 5 >= 0.8, scores
+    assert scores[0] <= 0.2
+    assert sum(scores[-5:]) / 5 >= 0.9, scores
 
 
 def flipped(advantages, mask):
@@ -75,4 +76,4 @@ def shuffled(advantages, mask):
 @pytest.mark.parametrize("change_advantages", [flipped, shuffled])
 def test_ppo_does_not_learn_from_wrong_advantages(change_advantages):
     """What the test above would report if the update looked at the wrong advantages."""
-    assert max(mean_scores(0, change_advantages)) <= 0.3
+    assert max(mean_scores(0, change_advantages)) <= 0.2

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -103,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
 
 
 def test_everything_that_ppo_steers_by_goes_on_too(tmp_path):
-    """KL controller, running statistics, SFT mix, refreshed reference, curriculum: killed once in each half."""
+    """KL controller, running statistics, SFT mix, refreshed reference, stop on approx-KL, schedule: killed twice."""
     options = [
         "kl.target=0.5",
         "kl.horizon=8",
@@ -146,6 +147,16 @@ def test_many_kills_stops_and_a_full_disk(stage, tmp_path):
         ("log", 3, KILLED),
     ]
     check(tmp_path, stage, disturbances, steps=STEPS)
+
+
+@pytest.mark.slow
+def test_ppo_killed_at_twenty_random_moments(tmp_path):
+    """Thirteen by the clock, wherever the run then is, seven while a checkpoint is written."""
+    random = Random(0)
+    kills = [("clock", random.randint(0, 1500), KILLED) for _ in range(13)]
+    kills += [("write", random.randint(1, 9), KILLED) for _ in range(7)]
+    random.shuffle(kills)
+    check(tmp_path, "ppo", kills, STEPS * 5)
 
 
 @pytest.mark.slow

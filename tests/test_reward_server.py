@@ -17,19 +17,14 @@ from lowrank_rlhf.rewards import ServerReward, reward_function
 from lowrank_rlhf.rewards import http as reward_http
 from tests.chat_server import serving
 
+pytestmark = pytest.mark.usefixtures("local_servers")
+
 RENDERER = Renderer(tiny_tokenizer(), Data(train="unused"))
 EXAMPLES = [
     Example("f, row 1", [{"role": "user", "content": "Hi"}], columns={"answer": "4", "tags": ["a", None]}),
     Example("f, row 2", [{"role": "user", "content": "É?"}], columns={"level": 1}),
 ]
 COMPLETIONS = [Sequence([1], RENDERER.tokenizer("It is 4.")["input_ids"]), Sequence([1], [])]
-
-
-@pytest.fixture(autouse=True)
-def _fast_and_local(monkeypatch):
-    monkeypatch.setattr(http_json, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.delenv("LOWRANK_RLHF_REWARD_TOKEN", raising=False)
 
 
 @pytest.fixture

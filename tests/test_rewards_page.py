@@ -66,9 +66,9 @@ def test_its_function_scores(tmp_path, monkeypatch):
     assert score("my_rewards:polite", "Please sit.", "Sit!") == [1.0, 0.0]
 
 
-def test_its_server_scores(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("local_servers")
+def test_its_server_scores(tmp_path):
     """As it stands, but for the port."""
-    monkeypatch.setenv("no_proxy", "localhost")
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lowrank_rlhf.adapters import ANSWERING, answering_role
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Base, Data
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.runs import load_run_role, read_run
-from lowrank_rlhf.sampling import ROLES
 
 Key = tuple[str, str]  # the resolved folder of a run, and which of its adapters
 BASE: Key = ("", "")
@@ -94,16 +94,16 @@ class Roster:
                 assert policy.saved is not None
                 load_run_role(backbone, policy.run, policy.saved, policy.role, key="RUN")
 
-    def add(self, run: str, saved: str | None = None, *, key: str = "RUN", answers: bool = True) -> Key:
-        """One adapter of a run: `saved`, else its policy, else its sft.
+    def add(self, run: str, *, key: str = "RUN", answers: bool = True) -> Key:
+        """The adapter of a run that answers: its policy, else its sft.
 
         Raises:
-            UserError: no such run, or it has no such adapter; names `key`.
+            UserError: no such run, or it has neither; names `key`.
         """
         info = read_run(Path(run), key)
-        found = next((role for role in ((saved,) if saved else ROLES) if has_adapter(run, role)), None)
+        found = answering_role(run)
         if found is None:
-            raise UserError(f"{key}: {run}/adapters has no {saved or ' or '.join(ROLES)}, so this run cannot answer")
+            raise UserError(f"{key}: {run}/adapters has no {' or '.join(ANSWERING)}, so this run cannot answer")
         identity = (str(Path(run).resolve()), found)
         if identity not in self.policies:
             folder = Path(run).resolve()
@@ -123,12 +123,12 @@ class Roster:
         start = info.get("recipe", {}).get("policy_from")
         if start is None:
             return
-        if not has_adapter(start, "sft"):
+        if answering_role(start) is None:
             policy.reference = None if info.get("reference") == "start" else BASE
-            policy.start = (start, "sft")
+            policy.start = (start, "")
             self.notes.append(f"{policy.name}: {start}, which it started from, is not there; no KL to that reference")
             return
-        policy.start = self.add(start, "sft", answers=False)
+        policy.start = self.add(start, answers=False)
         policy.reference = policy.start if info.get("reference") == "start" else BASE
 
 
@@ -145,12 +145,8 @@ def read_roster(runs: Sequence[str], against: str = "base") -> Roster:
     if against == "start":
         for policy in list(roster.answering.values()):
             if policy.start != BASE:
-                roster.add(*policy.start, key=f"--against start: {policy.name} started from it")
+                roster.add(policy.start[0], key=f"--against start: {policy.name} started from it")
     return roster
-
-
-def has_adapter(run: str, role: str) -> bool:
-    return (Path(run) / "adapters" / role / "adapter_model.safetensors").is_file()
 
 
 def checked_recipe(run: str, info: dict[str, Any]) -> dict[str, Any]:

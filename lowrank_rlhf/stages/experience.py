@@ -104,13 +104,14 @@ def objective_metrics(experiences: list[Experience], kl_coef: float) -> Metrics:
     scores = torch.cat([e.scores for e in experiences]).cpu()
     lengths = torch.cat([e.mask.sum(dim=1) for e in experiences]).float()
     entropy = torch.cat([e.entropy.sum(dim=1) for e in experiences])
+    rewards = torch.cat([e.rewards.sum(dim=1) for e in experiences]).cpu()
     returns = torch.cat([e.returns[e.mask] for e in experiences])
     residual = returns - torch.cat([e.values[e.mask] for e in experiences])
     return {
         "objective/kl": float(kl.mean()),
         "objective/kl_coef": kl_coef,
-        "objective/non_score_reward": float(-kl_coef * kl.mean()),
-        "objective/rlhf_reward": float((scores - kl_coef * kl).mean()),
+        "objective/non_score_reward": float((rewards - scores).mean()),
+        "objective/rlhf_reward": float(rewards.mean()),
         "objective/entropy": float(entropy.mean()),
         "objective/length": float(lengths.mean()),
         "val/explained_variance": float(1 - residual.var() / returns.var().clamp(min=1e-8)),

@@ -1,11 +1,10 @@
 """What PPO begins with: a recipe that makes sense, the policy, its reference and the value role."""
 
-from pathlib import Path
-
+from lowrank_rlhf.adapters import answering_role
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.errors import UserError
-from lowrank_rlhf.runs import load_run_role, read_run
+from lowrank_rlhf.runs import load_run_role
 from lowrank_rlhf.stages.experience import Metrics
 
 REFERENCE = "start"  # the frozen adapter of the reference, where it is not the base
@@ -35,6 +34,8 @@ def refuse_contradictions(recipe: PPORecipe) -> None:
         raise UserError("kl.estimator: k1 teaches nothing as a loss (its expected gradient is 0); use k2 or k3")
     if recipe.value_model.trunk == "policy" and recipe.value_model.init == "reward":
         raise UserError("value_model.init: reward is another trunk than value_model.trunk: policy; use auto or zero")
+    if recipe.kl.target is not None and recipe.kl.coef == 0:
+        raise UserError("kl.target: a coefficient of 0 cannot be steered, it stays 0; set kl.coef above 0")
     if recipe.lora.dropout:
         raise UserError("lora.dropout: PPO compares log-probs of the same tokens and needs 0; drop the key")
 
@@ -49,16 +50,12 @@ def start_policy(recipe: PPORecipe, backbone: Backbone) -> None:
         elif recipe.reference == "start":
             print("ppo: reference: start is the base itself here, the policy starts at zero", flush=True)
         return
-    load_run_role(backbone, recipe.policy_from, answering_role(recipe.policy_from), REFERENCE, key="policy_from")
+    load_run_role(
+        backbone, recipe.policy_from, answering_role(recipe.policy_from) or "sft", REFERENCE, key="policy_from"
+    )
     backbone.drop_head(REFERENCE)  # of a policy that shared its trunk with its value
     backbone.copy_role(REFERENCE, "policy")
     backbone.reference_role = None if recipe.reference == "base" else REFERENCE
-
-
-def answering_role(run_dir: str) -> str:
-    """The adapter of a run that answers: its `policy`, else its `sft`."""
-    read_run(Path(run_dir), "policy_from")
-    return "policy" if Path(run_dir, "adapters/policy").is_dir() else "sft"
 
 
 def start_value(recipe: PPORecipe, backbone: Backbone) -> None:

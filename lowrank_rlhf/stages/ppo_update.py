@@ -63,7 +63,8 @@ class Updater:
         for _, schedule in self.optimizers.values():
             schedule.step()
         taken = {
-            "policy/minibatches": float(len(rows)),
+            "policy/minibatches": float(len(rows) - rows[-1]["policy/stopped"]),  # the last was not learned from
+            "policy/stopped": rows[-1]["policy/stopped"],
             "policy/skipped": sum(row.pop("policy/skipped") for row in rows),
         }
         return finite_means(rows) | taken | {"lr": float(self.optimizers["policy"][1].get_last_lr()[0])}

@@ -1,0 +1,93 @@
+"""What sharing one base promises, as the peak memory of whole commands on the embedded base in NF4.
+
+Minutes rather than seconds, so only `pytest -m slow -s` runs it; -s shows the figures.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "recipes/quickstart/data/preferences_test.jsonl"
+PAIRS = 32
+PROMPTS = ROOT / "recipes/quickstart/data/prompts_train.jsonl"
+# All 64 answers in one forward, which takes more than loading the base does: that peak varies by a quarter of a GiB
+BATCH = 2 * PAIRS
+# The peak since exec: ru_maxrss begins at what the parent held when it forked
+COMMAND = """
+import sys
+from lowrank_rlhf.cli import main
+from lowrank_rlhf.stages import ppo, reward, sft
+peak = lambda: next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+imports = peak()
+status = main(sys.argv[1:])
+print(imports, peak(), sep="\\n")
+sys.exit(status)
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc"),
+]
+
+
+def command(*arguments):
+    """What the command says, the memory of its imports alone and the most it ever held, in GiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *said, imports, peak = done.stdout.splitlines()
+    return said, int(imports) / 2**20, int(peak) / 2**20
+
+
+def test_four_members_score_in_little_more_memory_than_one(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(ROWS.read_text(encoding="utf-8").splitlines(keepends=True)[:PAIRS]), encoding="utf-8")
+    peaks = {}
+    for members in (1, 4):
+        run = tmp_path / f"members-{members}"
+        settings = ["data.max_rows=24", "data.eval_fraction=0", "base.quantization=nf4"]
+        settings += ["train.max_steps=1", "train.batch_size=1", "train.micro_batch_size=1"]
+        command(
+            "reward", "--config", "recipes/reward.yaml", *settings, f"reward_model.members={members}", f"run_dir={run}"
+        )
+        flags = ["--batch-size", BATCH, "--out", f"{run}.scores.jsonl"]
+        said, _, peaks[members] = command("score", run, "--in", rows, *flags)
+        print(f"{peaks[members]:.3f} GiB at the peak,", next(line for line in said if "MB of adapter" in line))
+    scored = [json.loads(line) for line in (tmp_path / "members-4.scores.jsonl").read_text().splitlines()]
+    assert len(scored) == PAIRS
+    assert min(row["chosen_disagreement"] for row in scored) > 0
+    print(f"four members / one: {peaks[4] / peaks[1]:.3f}")
+    assert peaks[4] <= 1.3 * peaks[1]
+
+
+def test_ppo_takes_little_more_memory_than_sft(tmp_path):
+    """Micro-batches of 4 rows × 256 tokens, half of them prompt; PPO with an SFT start, its frozen copy, a reward
+    model and a value model of its own."""
+    texts = [f"Go on with this: {'one two three four five six seven eight nine ten ' * 20}{n}" for n in range(8)]
+    rows = {"prompts": [{"prompt": text} for text in texts]}
+    rows["demonstrations"] = [{"prompt": text, "completion": text} for text in texts]
+    rows["pairs"] = [{"prompt": text, "chosen": text, "rejected": f"{text}?"} for text in texts]
+    settings = ["base.quantization=nf4", "data.max_prompt_tokens=128", "data.max_completion_tokens=128"]
+    settings += ["train.batch_size=4", "train.micro_batch_size=4", "train.max_steps=2", "data.eval_fraction=0"]
+    for name, content in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in content), encoding="utf-8")
+
+    def train(stage, recipe, data, *more):
+        flags = [f"run_dir={tmp_path}/{stage}", f"data.train={tmp_path}/{data}.jsonl", *settings, *more]
+        _, imports, peak = command(stage, "--config", f"recipes/{recipe}.yaml", *flags)
+        print(f"{stage}: {peak:.2f} GiB at the peak, {imports:.2f} of it imports")
+        return peak - imports
+
+    sft = train("sft", "sft", "demonstrations")
+    train("reward", "reward", "pairs", "train.batch_size=2", "train.micro_batch_size=2")
+    starts = [f"policy_from={tmp_path}/sft", f"reward_from=[{{run: {tmp_path}/reward}}]", "data.eval=null"]
+    ppo = train("ppo", "ppo_from_sft", "prompts", *starts, "rollout.batch_size=4")
+    print(f"PPO / SFT: {ppo / sft:.3f}")
+    lengths = [json.loads(line)["objective/length"] for line in (tmp_path / "ppo/metrics.jsonl").open()]
+    assert max(lengths) > 64, "the rows are to be 256 tokens long"
+    assert ppo <= 1.25 * sft

@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (summary, _) in STAGES.items():
         verb = verbs.add_parser(name, help=summary, description=summary)
         add_recipe_arguments(verb, default=None)
+    summary = "every stage from data to aligned policies side by side; keeps what is unchanged"
+    add_pipeline_arguments(verbs.add_parser("pipeline", help=summary, description=summary))
     summary = "what this machine can do, and the fix where training would be wrong"
     verbs.add_parser("doctor", help=summary, description=summary)
     summary = "sample k answers to every prompt of a file, for labelling; goes on after an interruption"
@@ -45,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_export_arguments(verbs.add_parser("export", help=summary, description=summary))
     args = parse(parser, argv)
     actions = {
+        "pipeline": lambda: _pipeline(args),
         "doctor": _doctor,
         "sample": lambda: _sample(args),
         "evaluate": lambda: _evaluate(args),
@@ -70,6 +73,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, default: str | None) -
     parser.add_argument("--resume", action="store_true", help="go on with the run in run_dir where it stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in run_dir")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+
+
+def add_pipeline_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", default="recipes/pipeline.yaml", help="stages and their recipes (%(default)s)"
+    )
+    parser.add_argument("--run-dir", metavar="DIR", help="folder of the stages' runs (default: the recipe's run_dir)")
+    parser.add_argument("--all", action="store_true", help="also the recipe's `more` stages")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: random 2-layer model, two steps a stage")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="stage.key=value", help="a key of a stage's recipe, or of `comparison`"
+    )
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +179,19 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def _pipeline(args: argparse.Namespace) -> int:
+    quiet()
+    from lowrank_rlhf.pipeline import load_pipeline, run_pipeline
+    from lowrank_rlhf.runs import Interrupted
+
+    pipeline = load_pipeline(args.config, args.overrides, run_dir=args.run_dir, everything=args.all, tiny=args.tiny)
+    try:
+        run_pipeline(pipeline)
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from there")
+    return 0
 
 
 def _doctor() -> int:

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-GIB = 2**30
-
-_highest_vram = 0  # bytes; what torch counted before a phase last set its count back
+from lowrank_rlhf.memory import GIB, forget_vram_peak
 
 
 class Phases:
@@ -40,7 +38,7 @@ class Phases:
         if self.now is not None:
             raise RuntimeError(f"phase {name!r} inside phase {self.now!r}")
         self.now = name
-        _forget_vram_peak()
+        forget_vram_peak()
         started = _clock()
         try:
             yield
@@ -66,18 +64,6 @@ class Phases:
         figures |= {f"memory/{name}_gib": peak / GIB for name, peak in self.peaks.items()}
         self.seconds, self.peaks = {}, {}
         return figures
-
-
-def highest_vram() -> int:
-    """The most bytes that torch ever allocated on the GPU in this process, also before a phase set its count back."""
-    return max(_highest_vram, torch.cuda.max_memory_allocated())
-
-
-def _forget_vram_peak() -> None:
-    global _highest_vram
-    if torch.cuda.is_available():
-        _highest_vram = highest_vram()
-        torch.cuda.reset_peak_memory_stats()
 
 
 def _memory() -> int:

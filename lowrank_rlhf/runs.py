@@ -15,18 +15,15 @@ import itertools
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lowrank_rlhf import memory
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.store import load_role, save_role
 from lowrank_rlhf.cards import model_card
@@ -35,13 +32,13 @@ from lowrank_rlhf.config import Base, Data
 from lowrank_rlhf.config import Run as RunRecipe
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.loader import as_dict, as_yaml
-from lowrank_rlhf.phases import highest_vram
 from lowrank_rlhf.plots import plot_run
 from lowrank_rlhf.tracking import Trackers, check_installed
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "datasets")
 
 METRICS, SAMPLES, WARNINGS, RECIPE = "metrics.jsonl", "samples.jsonl", "warnings.jsonl", "recipe.yaml"
+BEGUN = (RECIPE, f".{RECIPE}.tmp", ".run.json.tmp")  # all that a run holds that was killed while it was made
 # Log → its length in a checkpoint: what is behind was logged later and is written again
 LOGS = {METRICS: "metrics_bytes", SAMPLES: "samples_bytes", WARNINGS: "warnings_bytes"}
 
@@ -79,6 +76,7 @@ class Run:
         self.checkpoint: Path | None = None
         self.stopping = False
         self.opened = time.perf_counter()
+        memory.begin()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Each would train on its own, their gradients never meeting, and write into one folder
             raise UserError("WORLD_SIZE: started as several processes; training uses one GPU, start it as one")
@@ -99,7 +97,7 @@ class Run:
 
     def _check_free(self) -> bool:
         """Whether an earlier run stands there, which may be deleted."""
-        used = self.dir.exists() and (not self.dir.is_dir() or any(self.dir.iterdir()))
+        used = self.dir.exists() and (not self.dir.is_dir() or any(p.name not in BEGUN for p in self.dir.iterdir()))
         if used and not self.overwrite:
             raise UserError(f"run_dir: {self.dir} is not empty; choose another, or pass --resume or --overwrite")
         if used and not (self.dir / "run.json").is_file():
@@ -219,7 +217,7 @@ class Run:
         if self.trackers is not None:
             self.trackers.close()
         minutes = round((time.perf_counter() - self.opened) / 60, 1)  # of this process, where the run was resumed
-        self.record(final=final, minutes=minutes, peak_memory_gib=peak_memory_gib())
+        self.record(final=final, minutes=minutes, peak_memory_gib=memory.peak_memory_gib())
 
     def metrics(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.dir / METRICS).read_text(encoding="utf-8").splitlines()]
@@ -282,16 +280,6 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
-
-
-def peak_memory_gib() -> dict[str, float]:
-    """The most that this process ever held: `ram` resident, `vram` allocated by torch."""
-    # Kilobytes on Linux, bytes on macOS
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    if torch.cuda.is_available():
-        peak["vram"] = highest_vram() / 2**30
-    return {name: round(value, 2) for name, value in peak.items()}
 
 
 def unused_run_dir(name: str) -> Path:

@@ -58,7 +58,9 @@ def main(moment, count, *arguments):
         "disk": (checkpoints, "fsync", fill_the_disk),
         "never": (runs.Run, "log", lambda: None),
     }
-    if moment == "clock":
+    if moment == "start":
+        kill_later(int(count))
+    elif moment == "clock":
         before(runs.Run, "log", at(1, lambda: kill_later(int(count))))
     else:
         module, name, action = where[moment]

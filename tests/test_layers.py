@@ -14,7 +14,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # From the top down; what stands on one line may import each other.
 LAYERS = [
     {"cli"},
-    {"doctor", "arena", "remote", "export"},
+    {"doctor", "arena", "remote", "export", "pipeline", "pipeline_recipe", "pipeline_report"},
     {"stages"},
     {"evaluation"},
     {"sampling", "score_file"},
@@ -31,6 +31,7 @@ LAYERS = [
     {"panel"},
     {"stability"},
     {"loader", "phases", "progress", "stability_rules", "http_json"},
+    {"memory"},
     {"config"},
     {"errors", ""},  # "" is the package itself: its version
 ]

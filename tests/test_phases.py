@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
+from lowrank_rlhf import memory
 from lowrank_rlhf import phases as module
-from lowrank_rlhf.phases import GIB, Phases, highest_vram
-from lowrank_rlhf.runs import peak_memory_gib
+from lowrank_rlhf.memory import GIB, highest_vram, peak_memory_gib
+from lowrank_rlhf.phases import Phases
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ class FakeGPU:
 
     def __init__(self, monkeypatch):
         self.peak = 0
-        monkeypatch.setattr(module, "_highest_vram", 0)
+        monkeypatch.setattr(memory, "_highest_vram", 0)
         for name, value in {
             "is_available": lambda: True,
             "max_memory_allocated": lambda: self.peak,
@@ -110,3 +111,17 @@ def test_phases_do_not_nest():
     phases = Phases()
     with phases("update"), pytest.raises(RuntimeError, match="phase 'score' inside phase 'update'"), phases("score"):
         pass
+
+
+def test_a_run_counts_from_its_own_beginning(monkeypatch):
+    """The second run of a process, as in a pipeline, is not told what the first one took."""
+    gpu = FakeGPU(monkeypatch)
+    gpu.use(9 * GIB)
+    kept = torch.ones(2**28)  # 1 GiB
+    before = peak_memory_gib()
+    del kept
+    memory.begin()
+    gpu.use(2 * GIB)
+    after = peak_memory_gib()
+    assert after["vram"] == 2.0
+    assert after["ram"] < before["ram"] - 0.9

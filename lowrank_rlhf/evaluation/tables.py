@@ -96,7 +96,7 @@ def markdown(report: Report) -> str:
         lines += _markdown_table([f"{p.name} − {p.against}" for p in others], differences, figures, signed=True)
     lines += ["In brackets: 95 % interval by prompt.", "", "## What the figures are", ""]
     for figures in (QUALITY, TEXTS):
-        lines += [f"- **{_head(figure)}**: {figure.meaning}." for figure in present(metrics, figures).values()]
+        lines += [f"- **{head(figure)}**: {figure.meaning}." for figure in present(metrics, figures).values()]
     return "\n".join([*lines, "", *(f"- Note: {note}." for note in all_notes(report)), ""])
 
 
@@ -106,10 +106,10 @@ def _markdown_table(
     shown = present(values, figures)
     if not shown:
         return []
-    heads = ["policy", *(_head(figure) for figure in shown.values())]
+    heads = ["policy", *(head(figure) for figure in shown.values())]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, own in zip(names, values, strict=True):
-        cells = [_cell(own.get(key), figure, signed=signed) for key, figure in shown.items()]
+        cells = [cell(own.get(key), figure, signed=signed) for key, figure in shown.items()]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return [*lines, ""]
 
@@ -137,7 +137,7 @@ def present(values: list[dict[str, Interval]], figures: dict[str, Figure]) -> di
     return {name: figure for name, figure in figures.items() if any(name in own for own in values)}
 
 
-def _head(figure: Figure) -> str:
+def head(figure: Figure) -> str:
     return figure.label.replace("\n", " ")
 
 
@@ -148,7 +148,7 @@ def _table(report: Report, title: str, figures: dict[str, Figure]) -> Table:
     for figure in shown.values():
         table.add_column(figure.label, justify="right", no_wrap=True)
     for p in report.policies:
-        cells = [_cell(p.metrics.get(name), figure, "\n", differs(p, name)) for name, figure in shown.items()]
+        cells = [cell(p.metrics.get(name), figure, "\n", differs(p, name)) for name, figure in shown.items()]
         table.add_row(p.name, *(cell.replace("[", r"\[") for cell in cells))
     return table
 
@@ -169,11 +169,11 @@ def differs(policy: PolicyReport, name: str) -> bool:
     return False
 
 
-def _cell(
+def cell(
     interval: Interval | None, figure: Figure, between: str = " ", star: bool = False, signed: bool = False
 ) -> str:
     """
-    >>> _cell((0.5, 0.25, 0.75), QUALITY["ended"])
+    >>> cell((0.5, 0.25, 0.75), QUALITY["ended"])
     '50% [25, 75]'
     """
     if interval is None:

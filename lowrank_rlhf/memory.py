@@ -1,0 +1,51 @@
+"""The most memory that this process held since a run began: resident, and allocated by torch on the GPU."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
+
+_highest_vram = 0  # bytes; what torch counted before its count was last set back
+
+
+def begin() -> None:
+    """Count anew, as a run does that is not the first of its process; resident memory only where the system can."""
+    global _highest_vram
+    forget_vram_peak()
+    _highest_vram = 0
+    if CLEAR.exists():
+        CLEAR.write_text("5")
+
+
+def peak_memory_gib() -> dict[str, float]:
+    """The most since `begin`: `ram` resident, `vram` allocated by torch."""
+    peak = {"ram": highest_ram() / GIB}
+    if torch.cuda.is_available():
+        peak["vram"] = highest_vram() / GIB
+    return {name: round(value, 2) for name, value in peak.items()}
+
+
+def highest_ram() -> int:
+    """Bytes."""
+    if STATUS.exists():
+        lines = STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    # Kilobytes, on macOS bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def highest_vram() -> int:
+    """Bytes; also what was allocated before a phase set torch's own count back."""
+    return max(_highest_vram, torch.cuda.max_memory_allocated())
+
+
+def forget_vram_peak() -> None:
+    """Set torch's count back, for the peak of a phase; `highest_vram` remembers."""
+    global _highest_vram
+    if torch.cuda.is_available():
+        _highest_vram = highest_vram()
+        torch.cuda.reset_peak_memory_stats()

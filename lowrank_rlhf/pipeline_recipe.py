@@ -1,0 +1,34 @@
+"""A pipeline's recipe: which stages, by which recipes, and how it ends."""
+
+from dataclasses import dataclass, field
+
+from lowrank_rlhf.config import PPORecipe, RewardRecipe, Run, SFTRecipe, ranged
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a pipeline ends: the base and every policy answer `samples` times to each of the `prompts`.
+
+    `gold`: a score apart from the reward that trained. `max_prompts`: only the first so many.
+    """
+
+    prompts: str
+    gold: str | None = None
+    samples: int = ranged(1, 1)
+    max_prompts: int | None = ranged(None, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineRecipe:
+    """Stages by name, in order, and their recipes. Each starts from `sft` and is scored by `reward`, where those are.
+
+    `more`: the stages that `--all` adds.
+    """
+
+    run_dir: str = "runs/pipeline"
+    stages: dict[str, str]
+    more: dict[str, str] = field(default_factory=dict)
+    comparison: Comparison
+
+
+RECIPES: dict[str, type[Run]] = {cls.stage: cls for cls in (SFTRecipe, RewardRecipe, PPORecipe)}

@@ -12,7 +12,7 @@ from lowrank_rlhf.config import PPO, PPORecipe, RewardSource, SFTRecipe
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.loader import REFUSED_KEYS, as_yaml, load_recipe, parse_yaml
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (Path(__file__).parent.parent / "recipes").rglob("*.yaml") if path.stem != "pipeline")
 CLASSES = [c for _, c in inspect.getmembers(config, dataclasses.is_dataclass) if c.__module__ == config.__name__]
 
 

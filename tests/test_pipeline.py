@@ -55,7 +55,7 @@ def test_what_it_leaves(whole):
     assert [p[0] for p in report(whole)[0]] == ["base", "sft", "ppo"]
     assert {p[1] for p in report(whole)[0]} == {"sft"}
     heads = next(line for line in page.splitlines() if line.startswith("| policy |"))
-    for head in ("reward", "gold", "win rate", "KL to base", "tokens", "minutes", "memory, GiB"):
+    for head in ("reward", "gold", "win rate", "KL to base", "tokens", "gold − sft", "minutes", "memory, GiB"):
         assert f"| {head} |" in heads
     for name in ("sft", "reward", "ppo"):
         run = json.loads((whole / name / "run.json").read_text())

@@ -27,8 +27,8 @@ def write_pipeline_report(folder: Path, stages: list[str]) -> Path:
     lines += [
         "",
         f"{compared['prompts']} prompts × {compared['samples']} at temperature {compared['temperature']:g}; wins are "
-        f"over {compared['against']}. In brackets: 95 % interval by prompt. Minutes and memory are of the training. All "
-        "figures: [comparison/report.md](comparison/report.md).",
+        f"over {compared['against']}. In brackets: 95 % interval by prompt. Minutes and memory are of the training. "
+        "All figures: [comparison/report.md](comparison/report.md).",
     ]
     lines += ["", "![scores](comparison/scores.png)", "![frontier](comparison/frontier.png)", ""]
     lines += ["| stage | result | minutes | memory, GiB |", "|---|---|---|---|"]

@@ -86,7 +86,8 @@ def test_ppo_takes_little_more_memory_than_sft(tmp_path):
     sft = train("sft", "sft", "demonstrations")
     train("reward", "reward", "pairs", "train.batch_size=2", "train.micro_batch_size=2")
     starts = [f"policy_from={tmp_path}/sft", f"reward_from=[{{run: {tmp_path}/reward}}]", "data.eval=null"]
-    ppo = train("ppo", "ppo_from_sft", "prompts", *starts, "rollout.batch_size=4")
+    sizes = ["train.batch_size=8", "train.max_steps=1", "rollout.batch_size=8"]
+    ppo = train("ppo", "ppo_from_sft", "prompts", *starts, *sizes)
     print(f"PPO / SFT: {ppo / sft:.3f}")
     lengths = [json.loads(line)["objective/length"] for line in (tmp_path / "ppo/metrics.jsonl").open()]
     assert max(lengths) > 64, "the rows are to be 256 tokens long"

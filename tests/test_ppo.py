@@ -17,6 +17,7 @@ from lowrank_rlhf.runs import Interrupted, Run
 from lowrank_rlhf.stages import ppo as ppo_stage
 from lowrank_rlhf.stages.ppo import PPO
 from lowrank_rlhf.stages.ppo_update import finite_means
+from tests import reward_functions
 
 ROOT = Path(__file__).parent.parent
 
@@ -385,6 +386,44 @@ def test_a_callback_hears_every_iteration_and_may_stop_the_run(tmp_path):
     assert Stop.heard == [1, 2]
     ppo_stage.train(settings, Run(settings, resume=True))
     assert [row["step"] for row in Run(settings, resume=True).metrics()] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_reward_that_fails_later_costs_no_work(tmp_path, monkeypatch):
+    """It raises in the third iteration and is named; mended, the run goes on behind the second."""
+    settings = recipe(f"run_dir={tmp_path}/run", "save.steps=1")
+    calls = []
+
+    def fails(prompts, completions, **columns):
+        calls.append(prompts)
+        return [1 / (3 - len(calls))] * len(prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_functions, "lowercase", fails)
+        with pytest.raises(ZeroDivisionError) as caught:
+            ppo_stage.train(settings, Run(settings))
+    assert "tests.reward_functions:lowercase" in "".join(caught.value.__notes__)
+    resumed = Run(settings, resume=True)
+    assert resumed.checkpoint.name == "step-000002"
+    ppo_stage.train(settings, resumed)
+    assert [row["step"] for row in resumed.metrics()] == [0, 1, 2, 3]
+
+
+def test_prompts_that_are_all_over_the_limit_are_cut_and_counted(tmp_path):
+    settings = recipe(f"run_dir={tmp_path}/run", "data.max_prompt_tokens=2", "train.max_steps=1")
+    ppo_stage.train(settings, run := Run(settings))
+    report = run.info["data_report"]
+    assert report["truncated"] == report["texts"] > 0
+    assert run.finished
+
+
+def test_answers_that_never_end_are_priced_and_counted():
+    """Without a stop token and with no reward, each answer costs what a missing end costs."""
+    ppo = PPO(recipe("reward=tests.reward_functions:zero", "rollout.missing_eos_penalty=2"))
+    ppo.renderer.stop_ids = []
+    experiences, metrics = ppo.collect()
+    assert (metrics["val/eos_rate"], metrics["val/num_eos_tokens"], metrics["objective/scores"]) == (0.0, 0.0, -2.0)
+    assert metrics["objective/length"] == 8
+    assert all(math.isfinite(value) for value in ppo.update(experiences).values())
 
 
 def test_finite_means_leave_out_what_is_never_finite():

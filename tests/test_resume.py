@@ -151,12 +151,22 @@ def test_many_kills_stops_and_a_full_disk(stage, tmp_path):
 
 @pytest.mark.slow
 def test_ppo_killed_at_twenty_random_moments(tmp_path):
-    """Thirteen by the clock, wherever the run then is, seven while a checkpoint is written."""
-    random = Random(0)
-    kills = [("clock", random.randint(0, 1500), KILLED) for _ in range(13)]
-    kills += [("write", random.randint(1, 9), KILLED) for _ in range(7)]
-    random.shuffle(kills)
-    check(tmp_path, "ppo", kills, STEPS * 5)
+    """By the clock, wherever the run then is, and every third time while a checkpoint is written."""
+    random, log, steps, kills = Random(0), tmp_path / "log", 40, 0
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert attempt(log, "never", 1, *arguments("ppo", whole, steps)) == 0, log.read_text()
+    while kills < 20:
+        moment = ("write", random.randint(1, 9)) if kills % 3 == 0 else ("clock", random.randint(0, 1500))
+        resume = ["--resume"] if (broken / "run.json").exists() else []
+        status = attempt(log, *moment, *arguments("ppo", broken, steps), *resume)
+        assert status in (0, KILLED), log.read_text()
+        kills += status == KILLED
+        if status == 0:  # it was done before it was to be killed: the rest of the kills are another run's
+            assert weights(broken) == weights(whole)
+            shutil.rmtree(broken)
+    assert attempt(log, "never", 1, *arguments("ppo", broken, steps), "--resume") == 0, log.read_text()
+    assert weights(broken) == weights(whole)
+    assert steps_logged(broken) == steps_logged(whole)
 
 
 @pytest.mark.slow

@@ -149,14 +149,3 @@ class RunCallback(TrainerCallback):
     def _figures(self, metrics: dict[str, float], prefix: str) -> dict[str, float]:
         names = {"loss": "loss", **self.shown}
         return {name: metrics[prefix + metric] for name, metric in names.items() if prefix + metric in metrics}
-
-
-def before_and_after(stage: str, run: Run, last: dict[str, float]) -> dict[str, float]:
-    """The held-out figures of the finished policy, and those of step 0 where the two are compared; said."""
-    first = run.metrics()[0]
-    compared = ("eval_loss", "eval_accuracy")
-    low, high = last["eval_accuracy_low"], last["eval_accuracy_high"]
-    print(f"accuracy {last['eval_accuracy']:.3f} [{low:.3f}, {high:.3f}]")
-    shown = (f"{name.removeprefix('eval_')} {first[name]:.4f} -> {last[name]:.4f}" for name in compared)
-    print(f"{stage}: held out, before -> after: {', '.join(shown)}", flush=True)
-    return {f"{name}_before": first[name] for name in compared} | last

@@ -9,12 +9,19 @@ METHODS = {
     "sft": "Supervised fine-tuning: cross-entropy on the answers' tokens.",
     "reward": "Reward model: Bradley–Terry, −log σ(r_chosen − r_rejected).",
     "ppo": "PPO: clipped surrogate, GAE, KL to the reference in the reward.",
+    "dpo": "DPO: −log σ(β · the lead of log π/π_ref of the chosen answer), or another of trl's losses.",
+    "orpo": "ORPO: −log p per token of the chosen answer, −β log σ of the log odds ratio of the two answers.",
+    "kto": "KTO: σ(β(log π/π_ref − KL)) up for liked answers, down for disliked ones.",
 }
 HEAD = """
 `head.safetensors` holds the fp32 scalar head `linear.weight`, shape (1, hidden): it is read at the last attended token,
 which is the end-of-turn token of the answer. `probe.json` is a batch with its scores, to check a loaded copy against.
 """
+LEARNED = "It learned what its data prefer, the errors of their labels included."
 LIMITS = {
+    "dpo": LEARNED,
+    "orpo": LEARNED,
+    "kto": LEARNED,
     "policy": "It was optimised against a learned or hand-written reward and may exploit its faults.",
     "reward": "Scores compare answers to one prompt, not prompts, and are only as good as the labels.",
     "value": "It predicts the return of the policy it was trained beside, and of no other.",
@@ -68,7 +75,7 @@ def model_card(role: str, info: dict[str, Any], metrics: dict[str, float], *, ha
     usage = LOAD.format(model=_public(info["base"]["model"]), quantization=NF4 if nf4 else "")
     if has_head:
         usage += HEAD.lstrip()
-    limits = [LIMITS.get(role, ""), NO_MERGE if nf4 else ""]
+    limits = [LIMITS.get(info["stage"], LIMITS.get(role, "")), NO_MERGE if nf4 else ""]
     return _card(
         f"{role} adapter", "peft", ["lora", info["stage"]], info, _table("last metrics", metrics), usage, limits
     )
@@ -93,7 +100,7 @@ def export_card(role: str, info: dict[str, Any], report: dict[str, Any], *, end_
     )
     if report["classifier"]:
         usage += CLASSIFIER.format(pad=report["pad_token"], **info["recipe"]["data"])
-    limits = [LIMITS.get(role.partition("_")[0], "")]
+    limits = [LIMITS.get(info["stage"], LIMITS.get(role.partition("_")[0], ""))]
     if base["quantization"] == "nf4":
         limits.append(MERGED[report["merge"]])
     tables = _table("last metrics", {k: v for k, v in info.get("final", {}).items() if isinstance(v, int | float)})

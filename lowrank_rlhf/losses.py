@@ -1,5 +1,7 @@
 """The losses, each a pure function of tensors. Masked means are the caller's to take, where they differ per batch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,6 +47,51 @@ def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
     tensor([0., 9.])
     """
     return (chosen_scores + rejected_scores) ** 2
+
+
+def log_odds(mean_logps: Tensor) -> Tensor:
+    """log(P / (1 − P)) of a probability given as its logarithm, finite with a finite gradient at both ends.
+
+    Hong et al. 2024, arXiv:2403.07691, section 4, where P = exp(mean log-prob of the completion's tokens).
+    1 − P is −expm1(log P) where P is near 1 and 1 − exp(log P) where it is near 0; float32 cannot tell log P above
+    −1.2e-7 from 0, so it is cut there.
+
+    Args:
+        mean_logps: at most 0, nats per token. Any shape.
+
+    >>> log_odds(torch.log(torch.tensor([0.5, 0.2])))  # odds 1 and 1/4
+    tensor([ 0.0000, -1.3863])
+    """
+    cut = mean_logps.clamp(max=-torch.finfo(mean_logps.dtype).eps)
+    near_one = cut > -math.log(2)
+    # Each branch sees only values it can take: the gradient of one that is not chosen would be 0 · inf = nan
+    near = torch.log(-torch.expm1(torch.where(near_one, cut, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(near_one, -1.0, cut)))
+    return mean_logps - torch.where(near_one, near, far)
+
+
+def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float) -> tuple[Tensor, Tensor]:
+    """Odds-ratio preference optimisation, one value per pair.
+
+    −log P(chosen) − λ log σ(log odds(chosen) − log odds(rejected)) with odds = P / (1 − P); Hong et al. 2024,
+    arXiv:2403.07691, eq. 6 and 7. P is the geometric mean of the completion's token probabilities, so that the
+    first term is the SFT loss of the chosen answer, a mean over its tokens. trl's term is a mean over all tokens of the
+    batch's chosen texts, prompts included.
+
+    Args:
+        chosen_logps: mean over completion tokens, nats per token, at most 0. Shape (B,).
+        rejected_logps: shape (B,).
+        beta: λ.
+
+    Returns:
+        loss and log odds ratio, each of shape (B,).
+
+    >>> half, fifth = torch.log(torch.tensor([0.5])), torch.log(torch.tensor([0.2]))
+    >>> orpo_loss(half, fifth, beta=1.0)  # odds ratio 4: log 2 − log σ(log 4) = log 2 + log 5/4
+    (tensor([0.9163]), tensor([1.3863]))
+    """
+    log_odds_ratio = log_odds(chosen_logps) - log_odds(rejected_logps)
+    return -chosen_logps - beta * F.logsigmoid(log_odds_ratio), log_odds_ratio
 
 
 def ppo_policy_loss(

@@ -36,6 +36,7 @@ PLOTS = {
         "share",
         ("mean_token_accuracy", "eval_mean_token_accuracy", "rewards/accuracies", "eval_accuracy"),
     ),
+    "margin": Plot("Lead of the chosen answer", "reward", ("rewards/margins", "eval_rewards/margins")),
     "reward": Plot("Reward of the rollouts", "score", (SCORES, "objective/rlhf_reward")),
     "reward_sources": Plot("Score by source of reward", "score", (f"{SCORES}/",)),
     "disagreement": Plot(

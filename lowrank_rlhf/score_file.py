@@ -157,7 +157,7 @@ def _answered(row: Row, where: str, format: str) -> Answered:
     else:
         example = FORMATS[format].parse(row, where)
         asked, answers = example.prompt, [turns for turns in (example.chosen, example.rejected) if turns is not None]
-        if example.rejected is not None:
+        if len(answers) == 2:
             shape = "pair"
         if not answers:
             raise UserError(

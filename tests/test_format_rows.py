@@ -95,6 +95,11 @@ ROWS = {
         ),
         ({"prompt": "x", "completion": bot("y"), "answer": "z"}, [user("x")], [bot("y")], None),
     ],
+    "unpaired": [  # chosen where the label is true, rejected where it is false
+        ({"prompt": "Hi", "completion": "Hello", "label": True}, [user("Hi")], [bot("Hello")], None),
+        ({"prompt": "Hi", "completion": "Ha", "label": 0, "id": 4}, [user("Hi")], None, [bot("Ha")]),
+        ({"prompt": [user("x")], "completion": [bot("")], "label": "FALSE"}, [user("x")], None, [bot("")]),
+    ],
     "alpaca": [
         ({"instruction": "Add.", "input": "1 2", "output": "3"}, [user("Add.\n\n1 2")], [bot("3")], None),
         ({"instruction": "Wave.", "input": "", "output": "o/"}, [user("Wave.")], [bot("o/")], None),

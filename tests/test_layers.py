@@ -32,7 +32,7 @@ LAYERS = [
     {"stability"},
     {"loader", "phases", "progress", "stability_rules", "http_json"},
     {"memory"},
-    {"config"},
+    {"config", "config_preference"},
     {"errors", ""},  # "" is the package itself: its version
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}

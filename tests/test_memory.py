@@ -20,7 +20,7 @@ BATCH = 2 * PAIRS
 COMMAND = """
 import sys
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.stages import ppo, reward, sft
+from lowrank_rlhf.stages import dpo, kto, orpo, ppo, reward, sft
 peak = lambda: next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 imports = peak()
 status = main(sys.argv[1:])
@@ -65,13 +65,13 @@ def test_four_members_score_in_little_more_memory_than_one(tmp_path):
     assert peaks[4] <= 1.3 * peaks[1]
 
 
-def test_ppo_takes_little_more_memory_than_sft(tmp_path):
-    """Micro-batches of 4 rows × 256 tokens, half of them prompt; PPO with an SFT start, its frozen copy, a reward
-    model and a value model of its own."""
+@pytest.fixture
+def train(tmp_path):
+    """Two steps of a stage on micro-batches of 4 rows × 256 tokens, half of them prompt; its peak without imports."""
     texts = [f"Go on with this: {'one two three four five six seven eight nine ten ' * 20}{n}" for n in range(8)]
     rows = {"prompts": [{"prompt": text} for text in texts]}
     rows["demonstrations"] = [{"prompt": text, "completion": text} for text in texts]
-    rows["pairs"] = [{"prompt": text, "chosen": text, "rejected": f"{text}?"} for text in texts]
+    rows["pairs"] = [{"prompt": text, "chosen": text, "rejected": f"no {text}"} for text in texts]
     settings = ["base.quantization=nf4", "data.max_prompt_tokens=128", "data.max_completion_tokens=128"]
     settings += ["train.batch_size=4", "train.micro_batch_size=4", "train.max_steps=2", "data.eval_fraction=0"]
     for name, content in rows.items():
@@ -83,6 +83,21 @@ def test_ppo_takes_little_more_memory_than_sft(tmp_path):
         print(f"{stage}: {peak:.2f} GiB at the peak, {imports:.2f} of it imports")
         return peak - imports
 
+    return train
+
+
+def test_learning_from_preferences_takes_little_more_memory_than_sft(train, tmp_path):
+    """Two pairs, or four single answers, in the place of four demonstrations; DPO and KTO with a frozen start."""
+    sft = train("sft", "sft", "demonstrations")
+    for stage, rows in (("dpo", 2), ("orpo", 2), ("kto", 4)):
+        sizes = [f"train.batch_size={rows}", f"train.micro_batch_size={rows}", f"policy_from={tmp_path}/sft"]
+        peak = train(stage, stage, "pairs", *sizes)
+        print(f"{stage} / SFT: {peak / sft:.3f}")
+        assert peak <= 1.3 * sft
+
+
+def test_ppo_takes_little_more_memory_than_sft(train, tmp_path):
+    """PPO with an SFT start, its frozen copy, a reward model and a value model of its own."""
     sft = train("sft", "sft", "demonstrations")
     train("reward", "reward", "pairs", "train.batch_size=2", "train.micro_batch_size=2")
     starts = [f"policy_from={tmp_path}/sft", f"reward_from=[{{run: {tmp_path}/reward}}]", "data.eval=null"]

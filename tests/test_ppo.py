@@ -341,7 +341,7 @@ def test_dropout_of_the_sft_adapter_is_off_in_the_policy(tmp_path):
         (["kl.in_reward=false"], "kl.estimator: k1 teaches nothing as a loss"),
         (["value_model.trunk=policy", "value_model.init=reward"], "value_model.init: reward is another trunk"),
         (["kl.target=1", "kl.coef=0"], "kl.target: a coefficient of 0"),
-        (["lora.dropout=0.1"], "lora.dropout: PPO compares"),
+        (["lora.dropout=0.1"], "lora.dropout: log-probs of a policy"),
         (["ptx.data=none.jsonl"], "none.jsonl"),
     ],
 )

@@ -1,4 +1,4 @@
-"""SFT, reward model and PPO on the embedded model and published data, one base in memory throughout.
+"""SFT, reward model, PPO and DPO on the embedded model and published data, one base in memory throughout.
 
 Minutes rather than seconds, so only `pytest -m slow` runs it; it reads the files from $LOWRANK_RLHF_DATA.
 """
@@ -93,3 +93,21 @@ def test_ppo_against_that_reward_model_runs_three_iterations(runs):
     assert rows[0]["val/ratio"] == 1
     assert all(row["policy/grad_norm"] > 0 and row["value/grad_norm"] > 0 for row in rows[1:])
     assert {path.name for path in (runs / "ppo/adapters").iterdir()} == {"policy", "value"}
+
+
+def test_dpo_on_sharegpt_preferences_loads_and_trains(runs):
+    """Dialogues of up to thousands of tokens, cut; from the base, so the first loss is log 2 in 4 bit too."""
+    rows = stage(
+        "dpo",
+        runs / "dpo",
+        f"data.train={DATA}/dpo_sharegpt.json",
+        "data.max_rows=60",
+        "data.max_completion_tokens=64",
+        "train.max_steps=2",
+        "train.batch_size=4",
+        "train.micro_batch_size=2",
+    )
+    assert abs(rows[0]["eval_loss"] - math.log(2)) < 1e-3
+    assert rows[0]["eval_rewards/margins"] == 0
+    assert all(row["grad_norm"] > 0 for row in rows if "grad_norm" in row)
+    assert rows[-1]["eval_rewards/margins"] != 0

@@ -26,9 +26,7 @@ STEPS = 30
 
 # Started once with everything imported, then forked: seconds less for each of the many processes
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["tests.kill", *(f"lowrank_rlhf.stages.{stage}" for stage in ("sft", "reward", "ppo"))]
-)
+processes.set_forkserver_preload(["tests.kill", *(f"lowrank_rlhf.stages.{stage}" for stage in STAGES)])
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +57,7 @@ def arguments(stage, run_dir, steps, *more):
     changes = [*more, f"train.max_steps={steps}", "save.steps=2", f"run_dir={run_dir}"]
     if stage == "ppo":
         changes.append("ppo.inner_epochs=1")
-    else:
+    if stage in ("sft", "reward"):
         changes.append("lora.dropout=0.1")  # so that the random state matters
     return [stage, "--config", f"recipes/{stage}.yaml", "--tiny", *changes]
 
@@ -130,10 +128,25 @@ def test_an_ensemble_goes_on_with_the_member_that_was_learning(tmp_path):
     check(tmp_path, "reward", kills, 6, "reward_model.members=2", "eval.steps=3", "eval.patience=9")
 
 
+@pytest.mark.parametrize("stage", ["dpo", "orpo", "kto"])
+def test_learning_from_preferences_goes_on_with_its_best_and_its_order(stage, tmp_path):
+    """Killed between two steps and inside the write of a checkpoint, in the second epoch too."""
+    options = ["eval.steps=3", "eval.patience=9", "train.learning_rate=0.01"]
+    check(tmp_path, stage, [("log", 6, KILLED), ("write", 2, KILLED)], 8, *options)
+
+
+def test_dpo_goes_on_with_the_reference_it_started_with(tmp_path):
+    """A frozen copy of an SFT adapter, whose log-probs are computed before training."""
+    sft = tmp_path / "sft"
+    assert attempt(tmp_path / "log", "never", 1, *arguments("sft", sft, 2)) == 0
+    options = [f"policy_from={sft}", "dpo.precompute_reference=true", "train.learning_rate=0.01"]
+    check(tmp_path, "dpo", [("log", 6, KILLED)], 8, *options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_many_kills_stops_and_a_full_disk(stage, tmp_path):
-    """In all three stages together: 21 SIGKILLs, 12 of them while a checkpoint is written, 6 SIGTERMs, 3 full disks."""
+    """In each stage: 7 SIGKILLs, 4 of them while a checkpoint is written, 2 SIGTERMs and a full disk."""
     disturbances = [
         ("log", 4, KILLED),
         ("write", 1, KILLED),

@@ -16,8 +16,7 @@ from lowrank_rlhf.data import Renderer, Sequence, load_preferences
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.losses import bradley_terry_loss
 from lowrank_rlhf.rewards.sources import combine
-from lowrank_rlhf.stages.comparisons import Comparison, Order, equal_pairs, micro_batches, tokenize
-from lowrank_rlhf.stages.reward import pairs_of
+from lowrank_rlhf.stages.comparisons import Comparison, Order, equal_pairs, micro_batches, pairs_of, tokenize
 
 
 def comparison(*lengths, pairs=((0, 1),), margins=None):

@@ -299,3 +299,10 @@ def test_the_verb_names_its_file_after_the_data(runs, tmp_path, monkeypatch, cap
 def test_rows_come_one_by_one(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Hi?", "completion": "a"}\nbroken')
     assert next(read_answered(str(tmp_path / "rows.jsonl"))).answers == [[{"role": "assistant", "content": "a"}]]
+
+
+def test_an_answer_with_a_thumb_is_one_answer(tmp_path):
+    rows = [{"prompt": "Hi?", "completion": "a", "label": label} for label in (True, False)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(read_answered(str(tmp_path / "rows.jsonl")))
+    assert [(row.shape, row.answers) for row in found] == [("one", [[{"role": "assistant", "content": "a"}]])] * 2

@@ -35,7 +35,7 @@ def recipe_files() -> list[Path]:
 
 
 def test_there_are_recipes():
-    assert {path.stem for path in recipe_files()} >= {"sft", "reward", "ppo"}
+    assert {path.stem for path in recipe_files()} >= {"sft", "reward", "ppo", "dpo", "orpo", "kto"}
 
 
 def train(stage: str, run_dir: Path, *overrides: str) -> Path:
@@ -59,6 +59,15 @@ def test_every_recipe_runs_two_real_steps_in_its_tiny_form(path, tmp_path):
     info = json.loads((tmp_path / "run/run.json").read_text())
     assert info["base"]["model"] == "tiny"
     assert info["data_hash"]
+
+
+@pytest.mark.parametrize("stage", ["dpo", "orpo", "kto"])
+def test_nothing_need_be_held_out(stage, tmp_path):
+    train(stage, tmp_path / "run", "data.eval_fraction=0")
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[0] == {"step": 0}
+    assert "loss" in rows[1]
+    assert json.loads((tmp_path / "run/run.json").read_text())["final"] == {}
 
 
 def test_one_base_in_memory_in_every_stage(tmp_path, bases_seen):
@@ -186,4 +195,4 @@ def test_the_card_says_how_a_role_was_trained_and_judged(tmp_path):
 
 
 def test_stage_table_matches_modules():
-    assert set(STAGES) == {"sft", "reward", "ppo"}
+    assert set(STAGES) == {"sft", "reward", "ppo", "dpo", "orpo", "kto"}

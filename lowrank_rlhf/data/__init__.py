@@ -3,10 +3,10 @@
 from lowrank_rlhf.data.batches import Batch, pad_batch
 from lowrank_rlhf.data.examples import Example, Examples
 from lowrank_rlhf.data.formats import read_examples
-from lowrank_rlhf.data.loading import load_demonstrations, load_preferences, load_prompts
+from lowrank_rlhf.data.loading import load_demonstrations, load_preferences, load_prompts, load_thumbs
 from lowrank_rlhf.data.rendering import Renderer, Sequence
 from lowrank_rlhf.data.report import data_report, print_report
-from lowrank_rlhf.data.tokenized import Sizes, tokenize_demonstrations
+from lowrank_rlhf.data.tokenized import Sizes, tokenize_demonstrations, tokenize_pairs, tokenize_thumbs
 
 __all__ = [
     "Batch",
@@ -19,8 +19,11 @@ __all__ = [
     "load_demonstrations",
     "load_preferences",
     "load_prompts",
+    "load_thumbs",
     "pad_batch",
     "print_report",
     "read_examples",
     "tokenize_demonstrations",
+    "tokenize_pairs",
+    "tokenize_thumbs",
 ]

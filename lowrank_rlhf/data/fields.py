@@ -135,5 +135,18 @@ def number(row: Row, column: str, where: str) -> float | None:
     return result
 
 
+def thumb(row: Row, column: str, where: str) -> bool:
+    """A column that says up or down: true or false, 1 or 0, perhaps as text."""
+    value = row.get(column)
+    said = value.strip().lower() if isinstance(value, str) else value
+    for meant, words in ((True, ("true", "1")), (False, ("false", "0"))):
+        if said in words or (isinstance(said, bool | int | float) and said == meant):
+            return meant
+    raise UserError(
+        f"{where}: column {column!r}: expected true or false (or 1 or 0), got {short(value)}; where it is no thumb, "
+        "data.format: completion reads the rows without it"
+    )
+
+
 def others(row: Row, *used: str) -> Row:
     return {name: value for name, value in row.items() if name not in used}

@@ -53,6 +53,7 @@ FORMATS: dict[str, Format] = {
     "flan": Format(("inputs", "targets"), d.from_flan),
     "alpaca": Format(("instruction", "output"), d.from_alpaca, ("input", "context")),
     "instruction": Format(("instruction", "response"), d.from_instruction, ("input", "context")),
+    "unpaired": Format(("prompt", "completion", "label"), p.from_unpaired),
     "completion": Format(("prompt", "completion"), d.from_completion),
     "prompt": Format(("prompt",), d.from_prompt),
 }

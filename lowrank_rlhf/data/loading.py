@@ -1,7 +1,9 @@
 """A recipe's data group into the examples of a stage, split by prompt."""
 
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from lowrank_rlhf.config import Data
 from lowrank_rlhf.data.examples import Example, Examples, Reading
@@ -22,6 +24,11 @@ def load_demonstrations(data: Data) -> Split:
 
     def check(example: Example) -> None:
         turns = [*example.prompt, *(example.chosen or [])] if data.loss_on == "all" else (example.chosen or [])[-1:]
+        if example.chosen is None and example.rejected is not None:
+            raise UserError(
+                f"{example.where}: a demonstration needs an answer that was liked, the label of this one is false; "
+                "data.on_bad_row: skip leaves such rows out"
+            )
         if not example.chosen or not all(m["content"].strip() for m in turns if m["role"] == "assistant"):
             raise UserError(f"{example.where}: a demonstration needs an answer that is not empty")
 
@@ -40,10 +47,54 @@ def load_preferences(data: Data) -> Split:
     def check(example: Example) -> None:
         if example.chosen is None or example.rejected is None:
             raise UserError(f"{example.where}: a preference needs a chosen and a rejected answer")
-        if example.chosen == example.rejected:
-            raise UserError(f"{example.where}: the chosen and the rejected answer are the same")
+        _refuse_equal(example)
 
     return _load(data, check, pairs=True)
+
+
+def load_thumbs(data: Data) -> Split:
+    """Train and eval examples of one answer each: `chosen` where it was liked, `rejected` where it was not.
+
+    A pair is two of them. Of a ranked row, an answer that is better than one and worse than another is neither.
+
+    Raises:
+        UserError: a row does not fit or has no answer, or no answer was liked, or none was not.
+    """
+
+    def check(example: Example) -> None:
+        if example.chosen is None and example.rejected is None:
+            raise UserError(f"{example.where}: this is a prompt alone; give completion and label, or two answers")
+        _refuse_equal(example)
+
+    train, held_out = (_one_by_one(part) for part in _load(data, check, pairs=True))
+    liked = sum(example.chosen is not None for example in train)
+    if not 0 < liked < len(train):
+        raise UserError(
+            f"{data.train}: {liked} answers to learn from were liked and {len(train) - liked} were not, both are "
+            "needed; give rows of prompt, completion and label (true or false), or preferences"
+        )
+    return train, held_out
+
+
+def _refuse_equal(example: Example) -> None:
+    if example.chosen == example.rejected:
+        raise UserError(f"{example.where}: the chosen and the rejected answer are the same")
+
+
+def _one_by_one(examples: Examples) -> Examples:
+    def answers() -> Iterator[Example]:
+        for _, group in itertools.groupby(examples, key=lambda e: (e.where, e.prompt_key)):
+            pairs = list(group)
+            better, worse = ({repr(getattr(e, side)) for e in pairs} for side in ("chosen", "rejected"))
+            seen: set[str] = set()
+            for e in pairs:
+                for side, lost in (("chosen", worse), ("rejected", better)):
+                    answer = getattr(e, side)
+                    if answer is not None and repr(answer) not in seen | lost:
+                        seen.add(repr(answer))
+                        yield replace(e, **{"chosen": None, "rejected": None, side: answer}, weight=1.0, margin=None)
+
+    return Examples(answers(), examples.reading)
 
 
 def load_prompts(data: Data) -> Split:

@@ -18,6 +18,7 @@ from lowrank_rlhf.data.fields import (
     sequence,
     short,
     text,
+    thumb,
 )
 from lowrank_rlhf.errors import UserError
 
@@ -101,6 +102,15 @@ def _dialogue(row: Row, column: str, where: str) -> Messages:
         )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def from_unpaired(row: Row, where: str) -> Example:
+    """One answer and whether it was liked: `chosen` where `label` is true, `rejected` where it is false."""
+    turns = prompt(row, "prompt", where)
+    said = answer(row, "completion", where, turns, empty=True)
+    liked = thumb(row, "label", where)
+    columns = others(row, "prompt", "completion", "label")
+    return Example(where, turns, said if liked else None, None if liked else said, columns)
 
 
 def best_of_ranked(row: Row, where: str) -> Example:

@@ -18,7 +18,7 @@ PERCENTILES = (5, 50, 95, 99, 100)
 SHOWN_ROWS = 3
 SHOWN_CHARACTERS = 400
 
-Kind = Literal["demonstrations", "preferences", "prompts"]
+Kind = Literal["demonstrations", "preferences", "thumbs", "prompts"]
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 
 
@@ -34,6 +34,7 @@ def data_report(kind: Kind, train: Examples, held_out: Examples, renderer: Rende
     """
     readings = {id(e.reading): e.reading for e in (train, held_out) if e.reading.rows}
     exact, near = count_duplicates(_texts(train, kind))
+    judged = train if kind in ("preferences", "thumbs") else ()
     pairs = train if kind == "preferences" else ()
     contradicting, _ = count_contradictions(progress(pairs, "looking for contradictions", len(pairs)))
     return {
@@ -46,7 +47,7 @@ def data_report(kind: Kind, train: Examples, held_out: Examples, renderer: Rende
         "duplicates": {"exact": exact, "near": near},
         "equal_pairs": 0,  # the stage knows, which tokenises pairs
         "contradicting_pairs": contradicting,
-        "empty_answers": empty_answers(pairs),
+        "empty_answers": empty_answers(judged),
         "leaked": leaked_prompts(train, held_out),
         "rendered": [{"row": where, "text": text} for where, text in _rendered(kind, train, renderer)],
     }
@@ -69,9 +70,9 @@ def leaked_prompts(train: Iterable[Example], held_out: Iterable[Example]) -> int
     return len({_prompt_digest(e) for e in held_out} & {_prompt_digest(e) for e in train})
 
 
-def empty_answers(pairs: Iterable[Example]) -> int:
+def empty_answers(judged: Iterable[Example]) -> int:
     """How many answers say nothing; one that is in several pairs of its row counts once."""
-    answers = ((e.where, side) for e in pairs for side in (e.chosen or [], e.rejected or []))
+    answers = ((e.where, side) for e in judged for side in (e.chosen, e.rejected) if side is not None)
     return len({(where, repr(side)) for where, side in answers if not any(turn["content"].strip() for turn in side)})
 
 
@@ -100,9 +101,10 @@ def _rendered(kind: Kind, examples: Examples, renderer: Renderer) -> Iterator[tu
             yield e.where, segments(renderer, row.input_ids, row.completion_mask)
         else:
             for side, answer in (("chosen", e.chosen), ("rejected", e.rejected)):
-                pair = renderer.sequence(e.prompt, answer or [], e.where)
-                mask = [False] * len(pair.prompt_ids) + [True] * len(pair.completion_ids)
-                yield f"{e.where}, {side}", segments(renderer, pair.ids, mask)
+                if answer is not None:
+                    sequence = renderer.sequence(e.prompt, answer, e.where)
+                    mask = [False] * len(sequence.prompt_ids) + [True] * len(sequence.completion_ids)
+                    yield f"{e.where}, {side}", segments(renderer, sequence.ids, mask)
 
 
 def segments(renderer: Renderer, ids: list[int], mask: list[bool]) -> Segments:

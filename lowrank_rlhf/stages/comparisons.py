@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
@@ -71,6 +72,30 @@ def micro_batches(comparisons: SequenceOf[Comparison], pairs: int) -> Iterator[l
         group.append(comparison)
     if group:
         yield group
+
+
+def pairs_of(group: SequenceOf[Comparison], values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values of the better and of the worse answer, margin and weight of every pair, from the value of every answer.
+
+    The weights of a comparison's pairs sum to 1.
+
+    Args:
+        values: scores or log-probs of the group's answers, in order. Shape (A,).
+
+    Returns:
+        Four tensors of shape (P,).
+    """
+    better: list[int] = []
+    worse: list[int] = []
+    weights: list[float] = []
+    first = 0
+    for comparison in group:
+        better += [first + i for i, _ in comparison.pairs]
+        worse += [first + j for _, j in comparison.pairs]
+        weights += [1 / len(comparison.pairs)] * len(comparison.pairs)
+        first += len(comparison.answers)
+    margins = values.new_tensor([margin for comparison in group for margin in comparison.margins])
+    return values[better], values[worse], margins, values.new_tensor(weights)
 
 
 class Order:

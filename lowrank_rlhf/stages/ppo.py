@@ -52,7 +52,8 @@ from lowrank_rlhf.stages.experience import (
     objective_metrics,
     with_advantages,
 )
-from lowrank_rlhf.stages.ppo_start import REFERENCE, check_start, refuse_contradictions, start_policy, start_value
+from lowrank_rlhf.stages.policy_start import REFERENCE, check_start
+from lowrank_rlhf.stages.ppo_start import refuse_contradictions, start_roles, start_value
 from lowrank_rlhf.stages.ppo_update import Updater
 from lowrank_rlhf.stages.prompt_order import PromptOrder
 from lowrank_rlhf.stages.ptx import SFTMix
@@ -100,7 +101,7 @@ def iteration(ppo: "PPO", run: Run, line: Line, step: int) -> Metrics:
     experiences, metrics = ppo.collect()
     if step == 1:
         first = {**metrics, **ppo.first_ratio(experiences[0])}
-        check_start(ppo.recipe, first)
+        check_start(ppo.backbone, "ppo", "KL", first["objective/kl"], " nats")
         run.log(0, first)
     metrics |= ppo.update(experiences)
     ppo.end_iteration(step, metrics["objective/kl"])
@@ -127,7 +128,7 @@ class PPO:
             ids, cut = self.renderer.prompt(e.prompt, e.where)
             sizes.add(len(ids), 0, cut)
         self.data_report = data_report("prompts", prompts, held_out, self.renderer, sizes)
-        start_policy(recipe, backbone)
+        start_roles(recipe, backbone)
         self.reward = load_rewards(recipe, backbone, self.renderer, prompts)
         start_value(recipe, backbone)
         self.value_role = "value" if recipe.value_model.trunk == "own" else "policy"

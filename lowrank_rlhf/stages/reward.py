@@ -7,7 +7,6 @@ arXiv:2203.02155, section 3.5); every row counts once, however many pairs it has
 from collections.abc import Sequence as SequenceOf
 
 import torch
-from torch import Tensor
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.checkpoints import load_state, save_state
@@ -21,7 +20,7 @@ from lowrank_rlhf.progress import Progress
 from lowrank_rlhf.rewards import member_names, members_line
 from lowrank_rlhf.runs import Run, load_run_role
 from lowrank_rlhf.scoring import score_sequences
-from lowrank_rlhf.stages.comparisons import Comparison, Order, equal_pairs, micro_batches, tokenize
+from lowrank_rlhf.stages.comparisons import Comparison, Order, equal_pairs, micro_batches, pairs_of, tokenize
 from lowrank_rlhf.stages.early_stopping import Best
 from lowrank_rlhf.stages.optim import optimizer_and_schedule
 
@@ -186,30 +185,6 @@ def step_gradients(
             tokens += int(batch.attention_mask.sum())
     names = ("loss", "rewards/accuracies", "rewards/mean", "rewards/margins")
     return dict(zip(names, (sums / len(comparisons)).tolist(), strict=True)), tokens
-
-
-def pairs_of(group: SequenceOf[Comparison], scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of the better and of the worse answer, margin and weight of every pair, from the score of every answer.
-
-    The weights of a comparison's pairs sum to 1.
-
-    Args:
-        scores: of the group's answers, in order. Shape (A,).
-
-    Returns:
-        Four tensors of shape (P,).
-    """
-    better: list[int] = []
-    worse: list[int] = []
-    weights: list[float] = []
-    first = 0
-    for comparison in group:
-        better += [first + i for i, _ in comparison.pairs]
-        worse += [first + j for _, j in comparison.pairs]
-        weights += [1 / len(comparison.pairs)] * len(comparison.pairs)
-        first += len(comparison.answers)
-    margins = scores.new_tensor([margin for comparison in group for margin in comparison.margins])
-    return scores[better], scores[worse], margins, scores.new_tensor(weights)
 
 
 @torch.no_grad()

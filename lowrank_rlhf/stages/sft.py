@@ -11,6 +11,7 @@ from lowrank_rlhf.data import Example, Renderer, data_report, load_demonstration
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.rollout import generate
 from lowrank_rlhf.runs import Run, write_atomic
+from lowrank_rlhf.stages.run_trainer import refuse_uneven
 from lowrank_rlhf.stages.sft_trainer import ROLE, build_trainer
 
 SAMPLES = 5
@@ -18,6 +19,7 @@ SAMPLES = 5
 
 def train(recipe: SFTRecipe, run: Run) -> None:
     """Train the `sft` role and save it in the run; metrics hold `eval_loss` from step 0 on."""
+    refuse_uneven(recipe.train)
     train_examples, eval_examples = load_demonstrations(recipe.data)
     torch.manual_seed(recipe.seed)
     backbone = Backbone(recipe.base)

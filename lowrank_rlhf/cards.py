@@ -9,6 +9,7 @@ METHODS = {
     "sft": "Supervised fine-tuning: cross-entropy on the answers' tokens.",
     "reward": "Reward model: Bradley–Terry, −log σ(r_chosen − r_rejected).",
     "ppo": "PPO: clipped surrogate, GAE, KL to the reference in the reward.",
+    "grpo": "GRPO: clipped surrogate, advantages relative to the other answers to the same prompt, no value model.",
 }
 HEAD = """
 `head.safetensors` holds the fp32 scalar head `linear.weight`, shape (1, hidden): it is read at the last attended token,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowrank_rlhf import __version__, config
+from lowrank_rlhf import __version__, config, config_grpo
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
@@ -21,6 +21,10 @@ STAGES = {
     "sft": ("supervised fine-tuning of the sft role", config.SFTRecipe),
     "reward": ("train a reward model on preference pairs", config.RewardRecipe),
     "ppo": ("optimise the policy against a reward", config.PPORecipe),
+    "grpo": (
+        "the same without values: answers to one prompt are judged by each other",
+        config_grpo.GRPORecipe,
+    ),
 }
 
 

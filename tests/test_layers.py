@@ -31,7 +31,7 @@ LAYERS = [
     {"panel"},
     {"stability"},
     {"loader", "phases", "progress", "stability_rules", "http_json"},
-    {"config"},
+    {"config", "config_grpo"},
     {"errors", ""},  # "" is the package itself: its version
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}

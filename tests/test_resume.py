@@ -26,9 +26,7 @@ STEPS = 30
 
 # Started once with everything imported, then forked: seconds less for each of the many processes
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    ["tests.kill", *(f"lowrank_rlhf.stages.{stage}" for stage in ("sft", "reward", "ppo"))]
-)
+processes.set_forkserver_preload(["tests.kill", *(f"lowrank_rlhf.stages.{stage}" for stage in STAGES)])
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +55,8 @@ def _child(log, moment, count, arguments):
 
 def arguments(stage, run_dir, steps, *more):
     changes = [*more, f"train.max_steps={steps}", "save.steps=2", f"run_dir={run_dir}"]
-    if stage == "ppo":
-        changes.append("ppo.inner_epochs=1")
+    if stage in ("ppo", "grpo"):
+        changes.append(f"{stage}.inner_epochs=1")
     else:
         changes.append("lora.dropout=0.1")  # so that the random state matters
     return [stage, "--config", f"recipes/{stage}.yaml", "--tiny", *changes]
@@ -124,6 +122,24 @@ def test_everything_that_ppo_steers_by_goes_on_too(tmp_path):
     assert warnings[0] == warnings[1]
 
 
+def test_what_grpo_steers_by_goes_on_too(tmp_path):
+    """As above, with a reward that tells the tiny model's answers apart."""
+    options = [
+        "data.train=recipes/quickstart/data/prompts_train.jsonl",
+        "data.eval=null",
+        "reward=tests.reward_functions:lowercase",
+        "kl.target=0.5",
+        "kl.horizon=8",
+        "kl.refresh_steps=3",
+        "shaping.scale=true",
+        "grpo.target_kl_stop=0.01",
+        "train.learning_rate=0.01",
+        "train.lr_schedule=linear",
+        "rollout.show_steps=1",
+    ]
+    check(tmp_path, "grpo", [("log", 4, KILLED), ("write", 2, KILLED)], 8, *options)
+
+
 def test_an_ensemble_goes_on_with_the_member_that_was_learning(tmp_path):
     """Six steps a member: killed in the first, between them and in the second."""
     kills = [("log", 4, KILLED), ("log", 6, KILLED), ("log", 4, KILLED)]
@@ -133,7 +149,7 @@ def test_an_ensemble_goes_on_with_the_member_that_was_learning(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_many_kills_stops_and_a_full_disk(stage, tmp_path):
-    """In all three stages together: 21 SIGKILLs, 12 of them while a checkpoint is written, 6 SIGTERMs, 3 full disks."""
+    """Per stage: 7 SIGKILLs, 4 of them while a checkpoint is written, 2 SIGTERMs, 1 full disk."""
     disturbances = [
         ("log", 4, KILLED),
         ("write", 1, KILLED),

@@ -1,4 +1,4 @@
-"""From scores to advantages: token rewards, masked moments, whitening, GAE. Pure tensor functions."""
+"""From scores to advantages: token rewards, masked moments, whitening, GAE, groups. Pure tensor functions."""
 
 import torch
 from torch import Tensor
@@ -94,3 +94,60 @@ def gae(
         running = deltas[:, t] + gamma * gae_lambda * running
         advantages[:, t] = running
     return advantages, torch.where(completion_mask, advantages + values, 0.0)
+
+
+def group_advantages(rewards: Tensor, *, scale_by_std: bool = True, eps: float = 1e-4) -> Tensor:
+    """How much better an answer is than its group, the answers to the same prompt; these sum to 0 in each group.
+
+    (r_i − mean) / (std + eps), with Bessel's correction (n − 1); Shao et al. 2024 (GRPO), arXiv:2402.03300, §4.1.2.
+    Without the division, Liu et al. 2025 (Dr. GRPO), arXiv:2503.20783, §3: dividing gives prompts that are nearly
+    always or nearly never answered right a larger weight. A group whose rewards are all equal gives exactly 0.
+
+    Args:
+        rewards: one per completion, a row per prompt. Shape (N, G), G ≥ 2.
+        scale_by_std: divide.
+
+    Returns:
+        Shape (N, G); in standard deviations of the group, or in the unit of the rewards.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0]]))  # std √(1/3)
+    tensor([[ 0.8659, -0.8659, -0.8659,  0.8659],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), scale_by_std=False)
+    tensor([[ 0.7500, -0.2500, -0.2500, -0.2500]])
+    """
+    centred = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        centred = centred / (rewards.std(dim=1, keepdim=True) + eps)
+    return torch.where(all_equal(rewards).unsqueeze(1), 0.0, centred)
+
+
+def leave_one_out_baseline(rewards: Tensor) -> Tensor:
+    """The mean reward of the other answers to the same prompt, which an answer's own reward has no part in.
+
+    b_i = 1/(G − 1) Σ_{j≠i} r_j; Ahmadian et al. 2024 (RLOO), arXiv:2402.14740, after Kool et al. 2019. As b_i
+    does not depend on answer i, the gradient of (r_i − b_i) log π is that of r_i log π in expectation.
+
+    Args:
+        rewards: one per completion, a row per prompt. Shape (N, G), G ≥ 2.
+
+    Returns:
+        Shape (N, G); the advantage is `rewards` less this.
+
+    >>> rewards = torch.tensor([[1.0, 2.0, 6.0]])
+    >>> leave_one_out_baseline(rewards), rewards - leave_one_out_baseline(rewards)
+    (tensor([[4.0000, 3.5000, 1.5000]]), tensor([[-3.0000, -1.5000,  4.5000]]))
+    """
+    size = rewards.shape[1]
+    # A product and not (Σ r − r_i), whose rounding would depend on r_i
+    others = 1 - torch.eye(size, dtype=rewards.dtype, device=rewards.device)
+    return rewards @ others / (size - 1)
+
+
+def all_equal(rewards: Tensor) -> Tensor:
+    """Which groups teach nothing because every answer has the same reward. (N, G) → bool (N,).
+
+    >>> all_equal(torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    tensor([ True, False])
+    """
+    return (rewards == rewards[:, :1]).all(dim=1)

@@ -12,6 +12,7 @@ METHODS = {
     "dpo": "DPO: −log σ(β · the lead of log π/π_ref of the chosen answer), or another of trl's losses.",
     "orpo": "ORPO: −log p per token of the chosen answer, −β log σ of the log odds ratio of the two answers.",
     "kto": "KTO: σ(β(log π/π_ref − KL)) up for liked answers, down for disliked ones.",
+    "grpo": "GRPO: clipped surrogate, advantages relative to the other answers to the same prompt, no value model.",
 }
 HEAD = """
 `head.safetensors` holds the fp32 scalar head `linear.weight`, shape (1, hidden): it is read at the last attended token,

@@ -10,21 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowrank_rlhf import __version__, config, config_preference
+from lowrank_rlhf import __version__
+from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
 
 T = TypeVar("T")
 
-STAGES = {
-    "sft": ("supervised fine-tuning of the sft role", config.SFTRecipe),
-    "reward": ("train a reward model on preference pairs", config.RewardRecipe),
-    "ppo": ("optimise the policy against a reward", config.PPORecipe),
-    "dpo": ("train the policy on preference pairs, close to a reference", config_preference.DPORecipe),
-    "orpo": ("train the policy on preference pairs without a reference", config_preference.ORPORecipe),
-    "kto": ("train the policy on thumbs up and down, close to a reference", config_preference.KTORecipe),
+SUMMARIES = {
+    "sft": "supervised fine-tuning of the sft role",
+    "reward": "train a reward model on preference pairs",
+    "ppo": "optimise the policy against a reward",
+    "grpo": "the same without values: answers to one prompt are judged by each other",
+    "dpo": "train the policy on preference pairs, close to a reference",
+    "orpo": "train the policy on preference pairs without a reference",
+    "kto": "train the policy on thumbs up and down, close to a reference",
 }
+STAGES = {name: (summary, RECIPES[name]) for name, summary in SUMMARIES.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -190,16 +190,19 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Shaping:
-    """What happens to a score before it is a reward, in this order.
-
-    `scale`: divided by the running standard deviation of all scores so far. `clip`: kept in [-clip, clip].
-    `length_penalty`: score units per completion token, taken off. `whiten`: token rewards to variance 1, mean kept.
-    """
+class ScoreShaping:
+    """A score before it is a reward, in this order. `scale`: divided by the running standard deviation of all so far.
+    `clip`: kept in [-clip, clip]. `length_penalty`: score units per completion token, taken off."""
 
     scale: bool = False
     clip: float | None = ranged(None, 0)
     length_penalty: float = ranged(0.0, 0)
+
+
+@dataclass(frozen=True)
+class Shaping(ScoreShaping):
+    """`whiten`: token rewards to variance 1, mean kept, after the scores were shaped."""
+
     whiten: bool = False
 
 
@@ -273,17 +276,25 @@ class RewardRecipe(Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPORecipe(Run):
-    stage = "ppo"
+class OnPolicyRecipe(Run):
+    """What PPO and GRPO, which learn from their own rollouts, have in common."""
+
+    stage = ""
     data: Data
     train: PPOTrain = field(default_factory=PPOTrain)
     policy_from: str | None = None
     reward_from: list[RewardSource] = field(default_factory=list)
     reward: str | None = None
     reference: Literal["auto", "base", "start"] = "auto"
-    ppo: PPO = field(default_factory=PPO)
     rollout: Rollout = field(default_factory=Rollout)
-    shaping: Shaping = field(default_factory=Shaping)
+    shaping: ScoreShaping = field(default_factory=ScoreShaping)
     kl: KL = field(default_factory=KL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPORecipe(OnPolicyRecipe):
+    stage = "ppo"
+    shaping: Shaping = field(default_factory=Shaping)
+    ppo: PPO = field(default_factory=PPO)
     value_model: ValueModel = field(default_factory=ValueModel)
     ptx: Ptx = field(default_factory=Ptx)

@@ -17,16 +17,30 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from lowrank_rlhf.config import PPORecipe
+from lowrank_rlhf.config_grpo import GRPORecipe
 from lowrank_rlhf.errors import UserError
 
 T = TypeVar("T")
 
-# Keys people bring from PEFT that cannot be honoured on a shared 4-bit base: refused by name, with the reason.
+# Keys people bring from PEFT that cannot be honoured on a shared 4-bit base, and from trl: refused by name, with the
+# reason.
 REFUSED_KEYS = {
     "lora.init_lora_weights": "PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA rewrite the base weights, which every role "
     "shares; adapters here start at zero",
     "lora.use_dora": "DoRA adapters cannot share a mixed-role batch; use plain LoRA (or lora.rslora=true)",
     "lora.modules_to_save": "full copies of base modules break with several adapters; heads live outside PEFT",
+    **{
+        f"grpo.{theirs}": f"that is trl's name; here it is {ours}"
+        for theirs, ours in {
+            "num_generations": "grpo.group_size",
+            "num_iterations": "grpo.inner_epochs",
+            "beta": "kl.coef",
+            "epsilon": "grpo.clip_range",
+            "epsilon_high": "grpo.clip_range_high",
+            "scale_rewards": "grpo.scale_by_std",
+            "loss_type": "grpo.loss_aggregation",
+        }.items()
+    },
     "reference_model": "the reference is never a second model; choose reference: auto, base or start",
 }
 
@@ -88,7 +102,10 @@ TINY = (
     "train.batch_size=4",
     "train.micro_batch_size=2",
 )
-TINY_PPO = ("rollout.batch_size=4", "ppo.minibatches=2")
+TINY_STAGE = {
+    PPORecipe: ("rollout.batch_size=4", "ppo.minibatches=2"),
+    GRPORecipe: ("rollout.batch_size=4", "grpo.minibatches=2", "grpo.group_size=2"),
+}
 
 
 def load_recipe(
@@ -120,8 +137,8 @@ def load_recipe(
             values = {}
         if not isinstance(values, dict):
             raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {_name(values)}")
-    small = (*TINY, *TINY_PPO) if issubclass(cls, PPORecipe) else TINY
-    for override in (*(small if tiny else ()), *overrides):
+    small = (*TINY, *TINY_STAGE.get(cls, ())) if tiny else ()
+    for override in (*small, *overrides):
         _apply_override(values, override)
     problems: list[str] = []
     recipe = _build(cls, values, "", problems)

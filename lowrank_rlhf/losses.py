@@ -1,6 +1,7 @@
 """The losses, each a pure function of tensors. Masked means are the caller's to take, where they differ per batch."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,17 +96,24 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, *, beta: float) -> t
 
 
 def ppo_policy_loss(
-    token_logps: Tensor, old_token_logps: Tensor, advantages: Tensor, *, clip_range: float
+    token_logps: Tensor,
+    old_token_logps: Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: float,
+    clip_range_high: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate, one value per token, to be minimised.
 
-    max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε)) with ρ = π/π_old; Schulman et al. 2017, arXiv:1707.06347, eq. 7.
+    max(−A ρ, −A clip(ρ, 1 − ε, 1 + ε_high)) with ρ = π/π_old; Schulman et al. 2017, arXiv:1707.06347, eq. 7, where
+    ε_high = ε. A larger ε_high lets unlikely tokens grow: Yu et al. 2025 (DAPO), arXiv:2503.14476, §3.1.
 
     Args:
         token_logps: under the policy being updated, nats; carries the gradient. Shape (B, T).
         old_token_logps: under the policy that sampled, nats. Shape (B, T).
         advantages: shape (B, T).
         clip_range: ε > 0.
+        clip_range_high: ε_high > 0; None is ε.
 
     Returns:
         loss (B, T), and a bool (B, T) that is True where the clipped branch was the larger.
@@ -113,10 +121,41 @@ def ppo_policy_loss(
     >>> ppo_policy_loss(torch.log(torch.tensor([[1.5]])), torch.zeros(1, 1), torch.ones(1, 1), clip_range=0.2)
     (tensor([[-1.2000]]), tensor([[True]]))
     """
+    high = clip_range if clip_range_high is None else clip_range_high
     ratio = torch.exp(token_logps - old_token_logps)
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + high)
     return torch.maximum(unclipped, clipped), clipped > unclipped
+
+
+def aggregate_loss(
+    token_losses: Tensor, mask: Tensor, how: Literal["token", "sequence"], *, tokens: int, sequences: int
+) -> Tensor:
+    """The share that a micro-batch has in the loss of a minibatch: over all its micro-batches these add up to a mean.
+
+    token: Σ_i Σ_t loss_it / Σ_i |o_i|, every token counts the same (Yu et al. 2025 (DAPO), arXiv:2503.14476, §3.3);
+    sequence: 1/N Σ_i 1/|o_i| Σ_t loss_it, every completion counts the same, so the tokens of a long one count less
+    (Shao et al. 2024 (GRPO), arXiv:2402.03300, eq. 3).
+
+    Args:
+        token_losses: shape (b, T).
+        mask: bool, True at completion tokens, of which each row has at least one. Shape (b, T).
+        tokens: completion tokens of the minibatch, Σ_i |o_i|.
+        sequences: completions of the minibatch, N.
+
+    Returns:
+        A scalar.
+
+    >>> losses, mask = torch.tensor([[1.0, 2.0], [6.0, 9.0]]), torch.tensor([[True, True], [True, False]])
+    >>> aggregate_loss(losses, mask, "token", tokens=3, sequences=2)  # (1 + 2 + 6) / 3
+    tensor(3.)
+    >>> aggregate_loss(losses, mask, "sequence", tokens=3, sequences=2)  # (1.5 + 6) / 2
+    tensor(3.7500)
+    """
+    counted = torch.where(mask, token_losses, 0.0)
+    if how == "token":
+        return counted.sum() / tokens
+    return (counted.sum(dim=1) / mask.sum(dim=1)).sum() / sequences
 
 
 def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float) -> tuple[Tensor, Tensor]:

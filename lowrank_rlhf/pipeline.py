@@ -18,13 +18,13 @@ from typing import Any
 
 from lowrank_rlhf import __version__
 from lowrank_rlhf.backbone.embedded import sha256_of
+from lowrank_rlhf.config_pipeline import RECIPES, PipelineRecipe
 from lowrank_rlhf.data import read_examples
 from lowrank_rlhf.data.files import source_hash
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies
 from lowrank_rlhf.loader import as_dict, load_recipe
-from lowrank_rlhf.pipeline_recipe import RECIPES, PipelineRecipe
 from lowrank_rlhf.pipeline_report import write_pipeline_report
 from lowrank_rlhf.runs import Run, write_atomic
 

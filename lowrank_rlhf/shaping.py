@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowrank_rlhf.config import Shaping
+from lowrank_rlhf.config import ScoreShaping
 
 
 class RunningMoments:
@@ -66,7 +66,7 @@ class RunningMoments:
         self.count, self.mean, self.m2 = int(state["count"]), state["mean"], state["m2"]
 
 
-def shape_scores(scores: Tensor, lengths: Tensor, settings: Shaping, moments: RunningMoments) -> Tensor:
+def shape_scores(scores: Tensor, lengths: Tensor, settings: ScoreShaping, moments: RunningMoments) -> Tensor:
     """clip(score / σ, ±clip) − length_penalty · length, each where `settings` asks for it.
 
     σ is the running standard deviation of all scores so far, these included; the mean is not taken off. Engstrom et
@@ -76,13 +76,13 @@ def shape_scores(scores: Tensor, lengths: Tensor, settings: Shaping, moments: Ru
     Args:
         scores: of the reward sources, one per completion. Shape (B,).
         lengths: completion tokens. Shape (B,).
-        settings: the recipe's `shaping`; `whiten` is of token rewards and not looked at here.
+        settings: the recipe's `shaping`.
         moments: of the scores before these; takes them in where `settings.scale`.
 
     Returns:
         Shape (B,); in units of σ where `settings.scale`.
 
-    >>> settings = Shaping(scale=True, clip=1.0, length_penalty=0.01)
+    >>> settings = ScoreShaping(scale=True, clip=1.0, length_penalty=0.01)
     >>> shape_scores(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([10, 20, 30]), settings, RunningMoments())  # σ = 2
     tensor([0.4000, 0.8000, 0.7000])
     """

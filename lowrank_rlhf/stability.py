@@ -31,14 +31,15 @@ class Watch:
         completions: rollouts per iteration; how noisy a share of them is.
         max_tokens: the limit of a completion.
         kl_budget: nats per completion above the start that are taken without a warning.
+        stage: ppo or grpo.
 
     >>> watch = Watch(completions=16, max_tokens=64)
     >>> [watch.update(step, {"policy/clipfrac_avg": 0.6}) for step in range(1, 4)][-1][0][:41]
     'the clipped share of tokens is 0.60: the '
     """
 
-    def __init__(self, completions: int, max_tokens: int, kl_budget: float = KL_BUDGET):
-        self.completions, self.max_tokens, self.kl_budget = completions, max_tokens, kl_budget
+    def __init__(self, completions: int, max_tokens: int, kl_budget: float = KL_BUDGET, stage: str = "ppo"):
+        self.completions, self.max_tokens, self.kl_budget, self.stage = completions, max_tokens, kl_budget, stage
         self.starts: dict[str, list[float]] = {}
         self.recent: dict[str, list[float]] = {}
         self.active: dict[str, int] = {}  # cause → iterations since it was last seen
@@ -76,6 +77,7 @@ class Watch:
             last=recent,
             completions=self.completions,
             max_tokens=self.max_tokens,
+            stage=self.stage,
         )
 
     def _is_new(self, cause: str, badness: float) -> bool:

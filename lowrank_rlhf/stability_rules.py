@@ -33,6 +33,9 @@ DISAGREEMENT = 2.0
 # At least; in small batches four standard errors of (median of WINDOW − median of START) of a share of 0.5
 EOS_DROP, EOS_NOISE = 0.25, 1.7
 
+# Of GRPO's groups: one in ten is left to learn from
+ZERO_STD_SHARE = 0.9
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -44,6 +47,7 @@ class Seen:
         last: its newest values, the newest at the end.
         completions: rollouts per iteration.
         max_tokens: the limit of a completion.
+        stage: whose group of the recipe has the keys that help.
     """
 
     now: float
@@ -51,6 +55,7 @@ class Seen:
     last: list[float]
     completions: int
     max_tokens: int
+    stage: str = "ppo"
 
 
 @dataclass(frozen=True)
@@ -131,19 +136,19 @@ RULES = {
         "entropy",
         lambda seen: _fallen(seen, ENTROPY_SHARE),
         "the entropy per token fell from {start:.2f} to {now:.2f} nats: the policy has nearly stopped exploring (mode "
-        "collapse); raise kl.coef or ppo.entropy_coef, lower train.learning_rate or ppo.inner_epochs",
+        "collapse); raise kl.coef or {stage}.entropy_coef, lower train.learning_rate or {stage}.inner_epochs",
     ),
     "noise": Rule(
         "entropy",
         lambda seen: _grown(seen, ENTROPY_GROWTH),
         "the entropy per token grew from {start:.2f} to {now:.2f} nats: the answers turn into noise; lower "
-        "ppo.entropy_coef or train.learning_rate, raise kl.coef",
+        "{stage}.entropy_coef or train.learning_rate, raise kl.coef",
     ),
     "distinct": Rule(
         "val/distinct_2",
         lambda seen: _fallen(seen, DISTINCT_SHARE),
         "distinct-2 of the answers fell from {start:.2f} to {now:.2f}: the policy says the same to every prompt (mode "
-        "collapse); read samples.jsonl, raise kl.coef or ppo.entropy_coef, lower train.learning_rate",
+        "collapse); read samples.jsonl, raise kl.coef or {stage}.entropy_coef, lower train.learning_rate",
     ),
     "eos": Rule(
         "ended",
@@ -155,25 +160,32 @@ RULES = {
         "policy/clipfrac_avg",
         lambda seen: seen.now / CLIP_FRACTION,
         "the clipped share of tokens is {now:.2f}: the updates are too large and most of each is thrown away; lower "
-        "train.learning_rate or ppo.inner_epochs, or set ppo.target_kl_stop",
+        "train.learning_rate or {stage}.inner_epochs, or set {stage}.target_kl_stop",
     ),
     "approxkl": Rule(
         "policy/approxkl_avg",
         lambda seen: seen.now / APPROX_KL,
         "an update moves the policy by {now:.2f} nats per token: far more than a trust region allows; set "
-        "ppo.target_kl_stop (0.02 is common), lower train.learning_rate or ppo.inner_epochs",
+        "{stage}.target_kl_stop (0.02 is common), lower train.learning_rate or {stage}.inner_epochs",
     ),
     "ratio": Rule(
         "val/ratio",
         lambda seen: max(seen.now / RATIO, 1 / (RATIO * max(seen.now, 1e-9))),
         "π/π_old is {now:.3g} on average where it should be near 1: the updates are too drastic; lower "
-        "train.learning_rate or set ppo.target_kl_stop",
+        "train.learning_rate or set {stage}.target_kl_stop",
     ),
     "value": Rule(
         "val/explained_variance",
         lambda seen: seen.now / EXPLAINED_VARIANCE if _always_negative(seen.last) else 0.0,
         "the values explain {now:.2f} of the variance of the returns, less than a constant would: the advantages are "
         "noise; change value_model.learning_rate, start with value_model.init: reward, or widen ppo.value_clip_range",
+    ),
+    "groups": Rule(
+        "frac_reward_zero_std",
+        lambda seen: seen.now / ZERO_STD_SHARE,
+        "in {now:.0%} of the groups every answer has the same reward, so these teach nothing: the prompts are "
+        "too hard or too easy for this policy (see objective/scores), or the reward tells too little apart; choose "
+        "other prompts, or raise grpo.group_size",
     ),
     "negative": Rule(
         "objective/kl",

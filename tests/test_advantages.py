@@ -1,4 +1,4 @@
-"""Masked moments, token rewards, GAE: hand-worked values, laws, and agreement with float64 loops."""
+"""Masked moments, token rewards, GAE, groups: hand-worked values, laws, and agreement with float64 loops."""
 
 import math
 
@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from reference import agrees_in_float64_and, draw, random_masks
 from torch.testing import assert_close
 
-from lowrank_rlhf.advantages import gae, masked_mean, token_rewards, whiten
+from lowrank_rlhf.advantages import (
+    all_equal,
+    gae,
+    group_advantages,
+    leave_one_out_baseline,
+    masked_mean,
+    token_rewards,
+    whiten,
+)
 
 LENGTHS = torch.tensor([[4], [1], [6]])  # a padded row, the shortest, a full one
 MASK = torch.arange(6) < LENGTHS
@@ -203,3 +211,45 @@ def test_gae_agrees_with_float64_loops(dtype, tolerance):
         actual = gae(*map(torch.tensor, (rewards, values, mask)), gamma=gamma, gae_lambda=lam)
         for one, other in zip(actual, reference.gae(rewards, values, mask, gamma, lam), strict=True):
             assert_close(one, torch.from_numpy(other.astype(dtype)), rtol=0, atol=tolerance)
+
+
+# Groups
+
+
+def test_group_advantages_by_hand():
+    """Of 0, 0, 0, 4: mean 1, Σ(r − 1)² = 12, std √(12/3) = 2: −½ three times and 3/2."""
+    rewards = torch.tensor([[0.0, 4.0, 0.0, 0.0]])
+    assert_close(group_advantages(rewards, eps=0.0), torch.tensor([[-0.5, 1.5, -0.5, -0.5]]))
+    assert_close(group_advantages(rewards, scale_by_std=False), torch.tensor([[-1.0, 3.0, -1.0, -1.0]]))
+
+
+def test_leaving_one_out_by_hand():
+    """Of 0, 4, 0, 0 the others' mean is 4/3, and 0 for the one that has the 4; the advantage is 4/3 of r − mean."""
+    rewards = torch.tensor([[0.0, 4.0, 0.0, 0.0]])
+    third = 4 / 3
+    assert_close(leave_one_out_baseline(rewards), torch.tensor([[third, 0.0, third, third]]))
+    assert_close(rewards - leave_one_out_baseline(rewards), group_advantages(rewards, scale_by_std=False) * 4 / 3)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_group_laws(size):
+    """Sums are 0 in each group; a shift of all its rewards changes nothing; a factor changes nothing where scaled."""
+    rewards = torch.randn(5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    for scale in (True, False):
+        advantages = group_advantages(rewards, scale_by_std=scale, eps=0.0)
+        assert_close(advantages.sum(dim=1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+        assert_close(group_advantages(rewards + 7, scale_by_std=scale, eps=0.0), advantages)
+    assert_close(group_advantages(rewards * 5, eps=0.0), group_advantages(rewards, eps=0.0))
+    rloo = rewards - leave_one_out_baseline(rewards)
+    assert_close(rloo.sum(dim=1), torch.zeros(5, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, -7.7, 1e6])
+def test_a_group_of_equal_rewards_gives_exactly_0(reward):
+    """Also where the mean of equal numbers is not one of them in float32, as that of three times 0.1."""
+    rewards = torch.full((2, 3), reward)
+    rewards[1, 2] += 1
+    advantages = group_advantages(rewards)
+    assert all_equal(rewards).tolist() == [True, False]
+    assert torch.equal(advantages[0], torch.zeros(3))
+    assert bool((advantages[1] != 0).all())

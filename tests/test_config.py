@@ -6,14 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_rlhf import config
+from lowrank_rlhf import config, config_grpo, config_pipeline, config_preference
 from lowrank_rlhf.cli import STAGES
 from lowrank_rlhf.config import PPO, PPORecipe, RewardSource, SFTRecipe
+from lowrank_rlhf.config_grpo import GRPORecipe
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.loader import REFUSED_KEYS, as_yaml, load_recipe, parse_yaml
 
 RECIPES = sorted(path for path in (Path(__file__).parent.parent / "recipes").rglob("*.yaml") if path.stem != "pipeline")
-CLASSES = [c for _, c in inspect.getmembers(config, dataclasses.is_dataclass) if c.__module__ == config.__name__]
+CLASSES = [
+    found
+    for module in (config, config_grpo, config_pipeline, config_preference)
+    for _, found in inspect.getmembers(module, dataclasses.is_dataclass)
+    if found.__module__ == module.__name__
+]
+
+
+WIDE = {PPORecipe: 18, GRPORecipe: 16}
+TRL_KEYS = [key for key in REFUSED_KEYS if key.startswith("grpo.")]
 
 
 @pytest.fixture
@@ -99,7 +109,7 @@ def test_an_override_replaces_what_the_file_says_and_the_last_one_wins(override,
             "reward_from[0].weigth: unknown key; did you mean reward_from[0].weight?",
         ),
         ("7=1", "7: unknown key; known keys here: run_dir, seed,"),
-        *[(f"{key}=x", f"{key}: refused: {reason}") for key, reason in REFUSED_KEYS.items()],
+        *[(f"{key}=x", f"{key}: refused: {reason}") for key, reason in REFUSED_KEYS.items() if key not in TRL_KEYS],
         ("lora.r=8.0", "lora.r: expected a whole number, got number 8.0"),
         ("lora.r=true", "lora.r: expected a whole number, got truth value True"),
         ("lora.alpha=true", "lora.alpha: expected a number, got truth value True"),
@@ -134,6 +144,15 @@ def test_a_problem_is_told_in_one_line_by_its_dotted_name(override, words, probl
     message = problems(override)
     assert message.startswith(words)
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("key", TRL_KEYS)
+def test_a_name_of_trl_is_answered_with_ours(key, problems, load):
+    message = problems(f"{key}=1", cls=GRPORecipe)
+    ours = message.rpartition(" ")[2]
+    assert message == f"{key}: refused: that is trl's name; here it is {ours}"
+    value = {"grpo.scale_by_std": "false", "grpo.loss_aggregation": "token", "grpo.group_size": "2"}.get(ours, "1")
+    load(f"{ours}={value}", cls=GRPORecipe)
 
 
 def test_every_problem_is_told_at_once(problems):
@@ -213,11 +232,11 @@ def test_recipe_files_are_short_and_open_with_their_command(path):
 
 
 def test_every_config_class_is_frozen_and_has_at_most_15_fields():
-    """Except for PPO's recipe, whose 18 are nearly all groups: the interface fixes them."""
+    """Except for the recipes of PPO and GRPO, whose 18 and 16 are nearly all groups: the interface fixes them."""
     assert {PPORecipe, PPO, config.Base, config.Data} <= set(CLASSES)
     assert {path.stem for path in RECIPES} >= set(STAGES)
     assert [cls for cls in CLASSES if not cls.__dataclass_params__.frozen] == []
-    assert [cls for cls in CLASSES if len(dataclasses.fields(cls)) > (18 if cls is PPORecipe else 15)] == []
+    assert [cls for cls in CLASSES if len(dataclasses.fields(cls)) > WIDE.get(cls, 15)] == []
 
 
 @pytest.mark.parametrize("weight", [".nan", ".inf", "-.inf"])

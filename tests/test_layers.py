@@ -14,7 +14,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # From the top down; what stands on one line may import each other.
 LAYERS = [
     {"cli"},
-    {"doctor", "arena", "remote", "export", "pipeline", "pipeline_recipe", "pipeline_report"},
+    {"doctor", "arena", "remote", "export", "pipeline", "config_pipeline", "pipeline_report"},
     {"stages"},
     {"evaluation"},
     {"sampling", "score_file"},
@@ -32,7 +32,7 @@ LAYERS = [
     {"stability"},
     {"loader", "phases", "progress", "stability_rules", "http_json"},
     {"memory"},
-    {"config", "config_preference"},
+    {"config", "config_grpo", "config_pipeline", "config_preference"},
     {"errors", ""},  # "" is the package itself: its version
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}

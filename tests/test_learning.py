@@ -1,4 +1,4 @@
-"""PPO learns: the random tiny model is taught to write lower-case letters by a reward that counts them.
+"""PPO and GRPO learn: the random tiny model is taught to write lower-case letters by a reward that counts them.
 
 A step-0 law cannot see a wrong sign, a misaligned advantage or a lost gradient; this can, and the two controls at the
 end show that it does.
@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from lowrank_rlhf.config import PPORecipe
+from lowrank_rlhf.config_grpo import GRPORecipe
 from lowrank_rlhf.loader import load_recipe
+from lowrank_rlhf.stages.grpo import GRPO
 from lowrank_rlhf.stages.ppo import PPO
 from tests.reward_functions import ASKED_TOKENS
 
@@ -19,7 +21,11 @@ ROOT = Path(__file__).parent.parent
 STEPS = 60
 
 
-def mean_scores(seed, change_advantages=lambda advantages, mask: advantages):
+PPO_ONLY = ["train.batch_size=64", "value_model.learning_rate=3e-3", "ppo.inner_epochs=4", "ppo.minibatches=1"]
+GRPO_ONLY = ["train.batch_size=8", "grpo.group_size=8", "grpo.inner_epochs=4", "grpo.minibatches=1"]
+
+
+def mean_scores(seed, change_advantages=lambda advantages, mask: advantages, method=PPO, options=()):
     """Mean reward of the rollouts before each update, on float32."""
     overrides = [
         f"seed={seed}",
@@ -30,23 +36,21 @@ def mean_scores(seed, change_advantages=lambda advantages, mask: advantages):
         "base.quantization=none",
         "base.device=cpu",
         "reward=tests.reward_functions:lowercase",
-        "train.batch_size=64",
         "train.micro_batch_size=64",
         "train.learning_rate=3e-3",
         f"train.max_steps={STEPS}",
-        "value_model.learning_rate=3e-3",
         "rollout.batch_size=64",
         "rollout.temperature=0.75",  # the tiny model's logits are bounded: at 1 it cannot pass 0.8 or so
-        "ppo.inner_epochs=4",
-        "ppo.minibatches=1",
         "kl.coef=0",
+        *(PPO_ONLY if method is PPO else GRPO_ONLY),
+        *options,
     ]
-    ppo = PPO(load_recipe(PPORecipe, overrides=overrides))
+    stage = method(load_recipe(PPORecipe if method is PPO else GRPORecipe, overrides=overrides))
     scores = []
     for _ in range(STEPS):
-        experiences, metrics = ppo.collect()
+        experiences, metrics = stage.collect()
         scores.append(metrics["objective/scores"])
-        ppo.update([replace(e, advantages=change_advantages(e.advantages, e.mask)) for e in experiences])
+        stage.update([replace(e, advantages=change_advantages(e.advantages, e.mask)) for e in experiences])
     return scores
 
 
@@ -71,6 +75,26 @@ def shuffled(advantages, mask):
     values = advantages[mask]
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(len(values)))
     return torch.zeros_like(advantages).masked_scatter(mask, values[order])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        *(
+            pytest.param([option], marks=pytest.mark.slow)
+            for option in ("grpo.advantage=rloo", "grpo.scale_by_std=false")
+        ),
+    ],
+)
+def test_grpo_learns_it_too(options):
+    scores = mean_scores(0, method=GRPO, options=options)
+    assert scores[0] <= 0.2
+    assert sum(scores[-5:]) / 5 >= 0.85, scores
+
+
+def test_grpo_does_not_learn_from_flipped_advantages():
+    assert max(mean_scores(0, flipped, method=GRPO)) <= 0.2
 
 
 @pytest.mark.parametrize("change_advantages", [flipped, shuffled])

@@ -11,7 +11,7 @@ from reference import agrees_in_float64_and, draw, random_masks
 from torch.testing import assert_close
 
 from lowrank_rlhf.advantages import masked_mean
-from lowrank_rlhf.losses import bradley_terry_loss, centering_loss, ppo_policy_loss, ppo_value_loss
+from lowrank_rlhf.losses import aggregate_loss, bradley_terry_loss, centering_loss, ppo_policy_loss, ppo_value_loss
 
 
 def uniform(seed, low=-1.0, high=1.0):
@@ -91,6 +91,30 @@ def test_ppo_policy_loss_and_its_gradient_by_hand(ratio, advantage, loss, clippe
     value.sum().backward()
     assert flag.tolist() == [[clipped]]
     assert_close([value, token_logps.grad], [torch.tensor([[loss]]), torch.tensor([[gradient]])])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [(1.25, 2.0, -2.5, False), (1.5, 2.0, -2.56, True), (0.75, -2.0, 1.6, True), (0.75, 2.0, -1.5, False)],
+)
+def test_a_wider_bound_above_by_hand(ratio, advantage, loss, clipped):
+    """ε = 0.2, ε_high = 0.28: ρ = 1.25 is inside now, ρ = 1.5 gives −2 · 1.28; below 1 nothing changes."""
+    logps = torch.tensor([[math.log(ratio)]])
+    advantages = torch.tensor([[advantage]])
+    value, flag = ppo_policy_loss(logps, torch.zeros(1, 1), advantages, clip_range=0.2, clip_range_high=0.28)
+    assert flag.tolist() == [[clipped]]
+    assert_close(value, torch.tensor([[loss]]))
+
+
+@pytest.mark.parametrize(("how", "whole"), [("token", 23 / 7), ("sequence", 2.5)])
+def test_shares_of_micro_batches_add_up_to_the_mean_of_the_minibatch(how, whole):
+    """Completions of 1, 2 and 4 tokens: (1 + 4 + 18) / 7 tokens, and (1 + 4/2 + 18/4) / 3 completions."""
+    losses = torch.tensor([[1.0, 9.0, 9.0, 9.0], [2.0, 2.0, 9.0, 9.0], [3.0, 4.0, 5.0, 6.0]])
+    mask = torch.arange(4) < torch.tensor([[1], [2], [4]])
+    for cuts in ([3], [1, 2], [1, 1, 1]):
+        parts = zip(losses.split(cuts), mask.split(cuts), strict=True)
+        total = sum(aggregate_loss(part, counted, how, tokens=7, sequences=3) for part, counted in parts)
+        assert_close(total, torch.tensor(whole))
 
 
 def test_ppo_at_ratio_1_is_the_policy_gradient():

@@ -16,7 +16,7 @@ from lowrank_rlhf.loader import load_recipe
 from lowrank_rlhf.runs import Interrupted, Run
 from lowrank_rlhf.stages import ppo as ppo_stage
 from lowrank_rlhf.stages.ppo import PPO
-from lowrank_rlhf.stages.ppo_update import finite_means
+from lowrank_rlhf.stages.steps import finite_means
 from tests import reward_functions
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +87,7 @@ def test_a_reward_that_is_the_same_for_all_has_no_expected_gradient():
         assert all(bool((e.advantages[e.mask] > 0).all()) for e in experiences), "nothing cancels within a batch"
         ppo.updater.policy_gradients(experiences, kl_coef=0.0)
         found.append(gradients(ppo, "policy"))
-        ppo.updater.optimizers["policy"][0].zero_grad()
+        ppo.updater.steps.optimizers["policy"][0].zero_grad()
     one, mean = torch.stack(found).norm(dim=1).mean(), torch.stack(found).mean(dim=0).norm()
     assert one > 0
     assert mean < 2 * one / math.sqrt(count)
@@ -219,10 +219,10 @@ def test_kl_in_the_loss_pulls_the_policy_back(estimator):
 
 def test_the_coefficient_is_steered_to_the_target():
     ppo = PPO(recipe("kl.target=1", "kl.horizon=8", "kl.coef=0.1"))
-    ppo.end_iteration(1, kl=5.0)
-    assert ppo.kl.coef == pytest.approx(0.12)
+    ppo.on_policy.end_iteration(1, kl=5.0)
+    assert ppo.on_policy.kl.coef == pytest.approx(0.12)
     _, metrics = ppo.collect()
-    assert metrics["objective/kl_coef"] == ppo.kl.coef
+    assert metrics["objective/kl_coef"] == ppo.on_policy.kl.coef
 
 
 def test_the_kl_of_a_token_is_clipped_in_the_reward_and_reported_as_it_is():
@@ -251,7 +251,7 @@ def test_the_reference_is_refreshed_and_frozen_between():
         frozen = weights(ppo, "start")
         ppo.update(experiences)
         assert all(torch.equal(a, b) for a, b in zip(frozen, weights(ppo, "start"), strict=True))
-        ppo.end_iteration(step, metrics["objective/kl"])
+        ppo.on_policy.end_iteration(step, metrics["objective/kl"])
     assert kls[0] == 0.0
     assert kls[1] != 0.0
     assert kls[2] == 0.0, "the reference has just become the policy"
@@ -294,7 +294,7 @@ def test_a_step_without_finite_gradient_is_left_out_and_three_stop_the_run(monke
     assert all(torch.equal(a, b) for a, b in zip(before, weights(ppo, "policy"), strict=True))
     assert "not finite" in capsys.readouterr().out
     ppo.update(experiences)
-    assert ppo.updater.nonfinite == 0, "a good step in between starts the count again"
+    assert ppo.updater.steps.nonfinite == 0, "a good step in between starts the count again"
     ppo.update(bad)
     ppo.update(bad)
     with pytest.raises(UserError, match="3 steps in a row"):
@@ -306,7 +306,7 @@ def test_the_curriculum_goes_from_easy_to_hard_in_the_first_epoch(tmp_path):
     levels = [3, 1, 4, 1.5, 9, 2, 6, 5]
     prompts.write_text("".join(f'{{"prompt": "p{x}", "level": {x}}}\n' for x in levels))
     ppo = PPO(recipe(f"data.train={prompts}", "data.eval_fraction=0", "rollout.curriculum=level"))
-    first, second = ppo.order.take(8), ppo.order.take(8)
+    first, second = ppo.on_policy.order.take(8), ppo.on_policy.order.take(8)
     assert [e.columns["level"] for e in first] == sorted(levels)
     assert sorted(e.columns["level"] for e in second) == sorted(levels) != [e.columns["level"] for e in second]
     prompts.write_text('{"prompt": "a", "level": 1}\n{"prompt": "b", "level": "hard"}\n')

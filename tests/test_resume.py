@@ -55,8 +55,8 @@ def _child(log, moment, count, arguments):
 
 def arguments(stage, run_dir, steps, *more):
     changes = [*more, f"train.max_steps={steps}", "save.steps=2", f"run_dir={run_dir}"]
-    if stage == "ppo":
-        changes.append("ppo.inner_epochs=1")
+    if stage in ("ppo", "grpo"):
+        changes.append(f"{stage}.inner_epochs=1")
     if stage in ("sft", "reward"):
         changes.append("lora.dropout=0.1")  # so that the random state matters
     return [stage, "--config", f"recipes/{stage}.yaml", "--tiny", *changes]
@@ -120,6 +120,24 @@ def test_everything_that_ppo_steers_by_goes_on_too(tmp_path):
     samples, warnings = ([(tmp_path / run / name).read_bytes() for run in ("whole", "broken")] for name in LOGS)
     assert samples[0] == samples[1] != b""
     assert warnings[0] == warnings[1]
+
+
+def test_what_grpo_steers_by_goes_on_too(tmp_path):
+    """As above, with a reward that tells the tiny model's answers apart."""
+    options = [
+        "data.train=recipes/quickstart/data/prompts_train.jsonl",
+        "data.eval=null",
+        "reward=tests.reward_functions:lowercase",
+        "kl.target=0.5",
+        "kl.horizon=8",
+        "kl.refresh_steps=3",
+        "shaping.scale=true",
+        "grpo.target_kl_stop=0.01",
+        "train.learning_rate=0.01",
+        "train.lr_schedule=linear",
+        "rollout.show_steps=1",
+    ]
+    check(tmp_path, "grpo", [("log", 4, KILLED), ("write", 2, KILLED)], 8, *options)
 
 
 def test_an_ensemble_goes_on_with_the_member_that_was_learning(tmp_path):

@@ -38,6 +38,8 @@ EXAMPLES = [
     Example("row 2", [{"role": "user", "content": "é?"}], columns={"answer": "e", "level": None}),
 ]
 
+KNOWN = "exact_match, exact_number, pattern, math_verify, reasoning_gym"
+
 
 def sequences(*answers):
     """Whole completions, ended by the end-of-turn token, except the last, which a limit cut."""
@@ -115,12 +117,21 @@ def test_a_wrong_return_names_the_function_and_the_completion(returned, words, m
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("my_rewards", "or a verifier (exact_match, exact_number, pattern)"),
+        ("my_rewards", f"or a verifier ({KNOWN})"),
         ("my_rewards:", "write it module:function"),
-        ("my_rewards.fn", "or a verifier (exact_match, exact_number, pattern); did you mean my_rewards:fn?"),
-        ("exact_numbers", "or a verifier (exact_match, exact_number, pattern); did you mean exact_number?"),
-        ("patern", "or a verifier (exact_match, exact_number, pattern); did you mean pattern?"),
-        ("", "or a verifier (exact_match, exact_number, pattern)"),
+        (
+            "my_rewards.fn",
+            f"or a verifier ({KNOWN}); did you mean my_rewards:fn?",
+        ),
+        (
+            "exact_numbers",
+            f"or a verifier ({KNOWN}); did you mean exact_number?",
+        ),
+        (
+            "patern",
+            f"or a verifier ({KNOWN}); did you mean pattern?",
+        ),
+        ("", f"or a verifier ({KNOWN})"),
         ("missing_module:fn", "cannot be imported: No module named 'missing_module'"),
         ("my_rewards:gn", "cannot be imported: module 'my_rewards' has no attribute 'gn'"),
         ("my_rewards:number", "is not a function"),

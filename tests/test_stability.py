@@ -9,6 +9,7 @@ import re
 import pytest
 
 from lowrank_rlhf.config import PPORecipe, RewardRecipe
+from lowrank_rlhf.config_grpo import GRPORecipe
 from lowrank_rlhf.stability import START, WINDOW, Watch, figures, halves, rises
 from lowrank_rlhf.stability_rules import KL_BUDGET, RULES
 
@@ -90,6 +91,7 @@ TROUBLES = {
     "approxkl": (lambda step: {"policy/approxkl_avg": late(step, 0.01, 0.3)}, "an update moves the policy by 0.1"),
     "ratio": (lambda step: {"val/ratio": late(step, 1.0, 40.0)}, "π/π_old is "),
     "value": (lambda step: {"val/explained_variance": late(step, 0.3, -2.0)}, "the values explain -"),
+    "groups": (lambda step: {"frac_reward_zero_std": late(step, 0.5, 1.0)}, "in 9"),
     "negative": (lambda step: {"objective/kl": late(step, 0.0, -6.0)}, "KL to the reference is -1."),
     "finite": (lambda step: {"objective/scores": math.nan if step > 30 else 0.5}, "objective/scores is not a number"),
 }
@@ -120,13 +122,21 @@ def test_a_trouble_gives_exactly_its_warning_once(cause):
     assert list(seen.active) == [cause]
 
 
-@pytest.mark.parametrize("cause", TROUBLES)
-def test_a_warning_says_what_to_do_in_keys_that_recipes_have(cause):
-    """Every dotted word of a warning is a key of the PPO recipe or of the reward's."""
+@pytest.mark.parametrize(
+    ("cause", "recipe"),
+    [
+        (cause, recipe)
+        for cause in TROUBLES
+        for recipe in (PPORecipe, GRPORecipe)
+        if (cause, recipe) not in (("groups", PPORecipe), ("value", GRPORecipe))
+    ],
+)
+def test_a_warning_says_what_to_do_in_keys_that_recipes_have(cause, recipe):
+    """Every dotted word of a warning is a key of its recipe or of the reward's. PPO has no groups, GRPO no values."""
     change, _ = TROUBLES[cause]
-    ((_, words),) = warnings_of(lambda step: healthy(step) | change(step), watch())
+    ((_, words),) = warnings_of(lambda step: healthy(step) | change(step), watch(stage=recipe.stage))
     keys = {f"{group}.{name}" for group, name in re.findall(r"([a-z_]+)\.([a-z_]+)", words)} - {"samples.jsonl"}
-    groups = [field for recipe in (PPORecipe, RewardRecipe) for field in dataclasses.fields(recipe)]
+    groups = [field for cls in (recipe, RewardRecipe) for field in dataclasses.fields(cls)]
     assert keys
     assert keys <= {
         f"{group.name}.{key}" for group in groups for key in getattr(group.type, "__dataclass_fields__", ())

@@ -74,7 +74,8 @@ def test_one_base_in_memory_in_every_stage(tmp_path, bases_seen):
     """The tiny model has 2 layers × 7 quantised projections = 14 storages; a second copy would show as 28."""
     gc.collect()
     sft, reward = train("sft", tmp_path / "sft"), train("reward", tmp_path / "reward")
-    train("ppo", tmp_path / "ppo", f"policy_from={sft}", f"reward_from=[{{run: {reward}}}]", "reward=null")
+    for stage in ("ppo", "grpo"):
+        train(stage, tmp_path / stage, f"policy_from={sft}", f"reward_from=[{{run: {reward}}}]", "reward=null")
     assert bases_seen == {(14, 14)}
 
 
@@ -195,4 +196,4 @@ def test_the_card_says_how_a_role_was_trained_and_judged(tmp_path):
 
 
 def test_stage_table_matches_modules():
-    assert set(STAGES) == {"sft", "reward", "ppo", "dpo", "orpo", "kto"}
+    assert set(STAGES) == {"sft", "reward", "ppo", "grpo", "dpo", "orpo", "kto"}

@@ -260,7 +260,7 @@ def test_a_pattern_that_is_no_text_is_told(bad):
 # All
 
 
-@pytest.mark.parametrize("name", VERIFIERS)
+@pytest.mark.parametrize("name", ["exact_match", "exact_number", "pattern"])
 def test_verifiers_take_any_other_columns_and_return_floats(name):
     columns = {"answer": ["4"], "pattern": ["4"], "level": [3], "question": ["2+2?"]}
     scores = VERIFIERS[name](["2+2?"], ["4"], **columns)

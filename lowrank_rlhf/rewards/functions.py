@@ -53,6 +53,7 @@ class FunctionReward:
         check_columns("reward", self.name, self.function, names)
         if self.name not in VERIFIERS:
             return
+        self.function([], [], **{name: [] for name in names})  # its package is there
         for e in examples:
             try:
                 self.function([""], [""], **{name: [e.columns.get(name)] for name in names})

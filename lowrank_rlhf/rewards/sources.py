@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowrank_rlhf.backbone import Backbone
-from lowrank_rlhf.config import PPORecipe, RewardSource
+from lowrank_rlhf.config import OnPolicyRecipe, RewardSource
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.rewards.functions import reward_function, short_name
@@ -126,7 +126,7 @@ def unique_names(names: SequenceOf[str]) -> list[str]:
 
 
 def load_rewards(
-    recipe: PPORecipe, backbone: Backbone, renderer: Renderer, prompts: SequenceOf[Example] = ()
+    recipe: OnPolicyRecipe, backbone: Backbone, renderer: Renderer, prompts: SequenceOf[Example] = ()
 ) -> WeightedSum:
     """The recipe's rewards; the adapters of `reward_from` become the roles `reward`, `reward-2`, …
 
@@ -149,8 +149,8 @@ def load_rewards(
         terms.append(Weighted(short_name(recipe.reward), function))
     if not terms:
         raise UserError(
-            "reward_from or reward: PPO needs a reward run, a module:function, a verifier or a reward server; the "
-            "recipe has none"
+            f"reward_from or reward: {recipe.stage.upper()} needs a reward run, a module:function, a verifier or a "
+            "reward server; the recipe has none"
         )
     return WeightedSum(terms)
 

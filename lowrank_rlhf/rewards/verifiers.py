@@ -1,6 +1,7 @@
 """Rewards that know the answer: 1.0 for a completion that agrees with its row of the data, else 0.0.
 
-Each is `fn(prompts, completions, COLUMN, **columns) -> list[float]`; a recipe names it alone, `reward: exact_number`.
+Those that need a package of their own are in optional.py. Each is
+`fn(prompts, completions, COLUMN, **columns) -> list[float]`; a recipe names it alone, `reward: exact_number`.
 """
 
 import math
@@ -14,6 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.rewards.optional import math_verify, reasoning_gym
 
 MARK = "####"  # GSM8K's answers stand behind it
 
@@ -180,5 +182,5 @@ def _compiled(value: Any) -> re.Pattern[str]:
 
 
 VERIFIERS: dict[str, Callable[..., list[float]]] = {
-    verifier.__name__: verifier for verifier in (exact_match, exact_number, pattern)
+    verifier.__name__: verifier for verifier in (exact_match, exact_number, pattern, math_verify, reasoning_gym)
 }

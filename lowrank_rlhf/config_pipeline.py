@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from lowrank_rlhf.config import PPORecipe, RewardRecipe, Run, SFTRecipe, ranged
+from lowrank_rlhf.config_grpo import GRPORecipe
+from lowrank_rlhf.config_preference import DPORecipe, KTORecipe, ORPORecipe
 
 
 @dataclass(frozen=True)
@@ -31,4 +33,5 @@ class PipelineRecipe:
     comparison: Comparison
 
 
-RECIPES: dict[str, type[Run]] = {cls.stage: cls for cls in (SFTRecipe, RewardRecipe, PPORecipe)}
+CLASSES = (SFTRecipe, RewardRecipe, PPORecipe, GRPORecipe, DPORecipe, ORPORecipe, KTORecipe)
+RECIPES: dict[str, type[Run]] = {cls.stage: cls for cls in CLASSES}

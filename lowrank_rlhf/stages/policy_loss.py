@@ -1,0 +1,69 @@
+"""The policy's loss in PPO and GRPO, token by token, with what it reports."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.config import PPO, OnPolicyRecipe
+from lowrank_rlhf.config_grpo import GRPO
+from lowrank_rlhf.kl import kl_per_token
+from lowrank_rlhf.losses import ppo_policy_loss
+from lowrank_rlhf.stages.experience import Experience
+
+
+class PolicyLoss:
+    """The clipped surrogate, the entropy bonus and, outside the reward, the KL.
+
+    Args:
+        settings: the recipe's group of the method.
+    """
+
+    def __init__(self, recipe: OnPolicyRecipe, settings: PPO | GRPO, backbone: Backbone):
+        self.backbone, self.settings, self.kl = backbone, settings, recipe.kl
+        self.temperature = recipe.rollout.temperature
+        self.clip_range_high = settings.clip_range_high if isinstance(settings, GRPO) else None
+
+    def __call__(
+        self, e: Experience, logps: Tensor, entropy: Tensor, kl_coef: float, sums: defaultdict[str, float]
+    ) -> Tensor:
+        """The loss of each token (b, C), 0 outside the completions.
+
+        Args:
+            sums: the metrics, summed over completion tokens, are added here.
+        """
+        surrogate, clipped = ppo_policy_loss(
+            logps,
+            e.token_logps,
+            e.advantages,
+            clip_range=self.settings.clip_range,
+            clip_range_high=self.clip_range_high,
+        )
+        loss = surrogate - self.settings.entropy_coef * entropy
+        if not self.kl.in_reward:
+            loss = loss + kl_coef * kl_per_token(logps, e.reference_token_logps, self.kl.estimator)
+        log_ratio = (logps.detach() - e.token_logps)[e.mask]
+        sums["loss/policy_avg"] += masked_sum(surrogate, e.mask)
+        sums["policy/approxkl_avg"] += float((0.5 * log_ratio**2).sum())
+        sums["policy/clipfrac_avg"] += masked_sum(clipped, e.mask)
+        sums["policy/entropy_avg"] += masked_sum(entropy, e.mask)
+        sums["val/ratio"] += float(log_ratio.exp().sum())
+        return torch.where(e.mask, loss, 0.0)
+
+    def hidden(self, e: Experience) -> Tensor:
+        """Final hidden states of the role that is on. Shape (b, T, H)."""
+        return self.backbone.hidden(e.batch.input_ids, e.batch.attention_mask)
+
+    def current_logps(self, e: Experience, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies (b, C) of the role that is on, with gradient where it learns."""
+        mask = e.batch.completion_mask
+        logps, entropy, _ = self.backbone.completion_logps(
+            hidden, e.batch.input_ids, mask, temperature=self.temperature
+        )
+        empty = logps.new_zeros(e.mask.shape)
+        return empty.masked_scatter(e.mask, logps), empty.masked_scatter(e.mask, entropy)
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> float:
+    return float(values.detach()[mask].sum())

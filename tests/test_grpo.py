@@ -287,7 +287,7 @@ def test_groups_that_teach_nothing_are_counted_and_warned_of(tmp_path, capsys):
         (["kl.target=1", "kl.coef=0"], "kl.target: a coefficient of 0"),
         (["kl.clip=1"], "kl.clip: bounds the KL in the reward"),
         (["kl.refresh_steps=1", "reference=base"], "kl.refresh_steps: moves the reference"),
-        (["lora.dropout=0.1"], "lora.dropout: GRPO compares"),
+        (["lora.dropout=0.1"], "lora.dropout: log-probs of a policy"),
         (["reward="], "reward_from or reward: GRPO needs"),
         (["grpo.group_size=1"], "grpo.group_size: must be at least 2"),
     ],

@@ -419,7 +419,7 @@ def test_prompts_that_are_all_over_the_limit_are_cut_and_counted(tmp_path):
 def test_answers_that_never_end_are_priced_and_counted():
     """Without a stop token and with no reward, each answer costs what a missing end costs."""
     ppo = PPO(recipe("reward=tests.reward_functions:zero", "rollout.missing_eos_penalty=2"))
-    ppo.renderer.stop_ids = []
+    ppo.on_policy.renderer.stop_ids = []
     experiences, metrics = ppo.collect()
     assert (metrics["val/eos_rate"], metrics["val/num_eos_tokens"], metrics["objective/scores"]) == (0.0, 0.0, -2.0)
     assert metrics["objective/length"] == 8

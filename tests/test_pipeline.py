@@ -61,7 +61,7 @@ def test_what_it_leaves(whole):
     heads = next(line for line in page.splitlines() if line.startswith("| policy |"))
     for head in ("reward", "gold", "win rate", "KL to base", "tokens", "gold − sft", "minutes", "memory, GiB"):
         assert f"| {head} |" in heads
-    for name in ("sft", "reward", "ppo", "dpo"):
+    for name in STAGES:
         run = json.loads((whole / name / "run.json").read_text())
         assert f"| {name} | " in page
         assert f"| {run['minutes']} | {run['peak_memory_gib']['ram']} |" in page
@@ -80,7 +80,7 @@ def test_again_it_keeps_everything(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and path.name != "report.md"}
     assert main(words(whole)) == 0
     said = capsys.readouterr().out
-    for name in ("sft", "reward", "ppo", "dpo", "comparison"):
+    for name in (*STAGES, "comparison"):
         assert f"{name}: unchanged, kept as it is in {whole}/{name}" in said
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file() and p.name != "report.md"} == before
 

@@ -15,14 +15,9 @@ from lowrank_rlhf.pipeline import load_pipeline
 from tests import kill
 
 ROOT = Path(__file__).parent.parent
+STAGES = ("sft", "reward", "ppo", "dpo")
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(
-    [
-        "tests.kill",
-        "lowrank_rlhf.pipeline",
-        *(f"lowrank_rlhf.stages.{stage}" for stage in ("sft", "reward", "ppo", "dpo")),
-    ]
-)
+processes.set_forkserver_preload(["tests.kill", "lowrank_rlhf.pipeline", *(f"lowrank_rlhf.stages.{s}" for s in STAGES)])
 
 
 @pytest.fixture(autouse=True)

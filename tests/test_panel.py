@@ -80,13 +80,17 @@ class Terminal:
         return [line.rstrip() for line in self.lines if line.strip()]
 
 
+# A terminal's; started in the background, the tests themselves are told to ignore it, and so would be their child
+CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def in_terminal(then="pass", columns=100, rows=40, **environment):
     """Exit status and raw output of the child in a pseudo-terminal of that size."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(row=ROW, then=then)],
+        [sys.executable, "-c", CTRL_C + CHILD.format(row=ROW, then=then)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

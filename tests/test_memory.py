@@ -20,7 +20,7 @@ BATCH = 2 * PAIRS
 COMMAND = """
 import sys
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.stages import ppo, reward, sft
+from lowrank_rlhf.stages import grpo, ppo, reward, sft
 peak = lambda: next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 imports = peak()
 status = main(sys.argv[1:])
@@ -65,9 +65,9 @@ def test_four_members_score_in_little_more_memory_than_one(tmp_path):
     assert peaks[4] <= 1.3 * peaks[1]
 
 
-def test_ppo_takes_little_more_memory_than_sft(tmp_path):
-    """Micro-batches of 4 rows × 256 tokens, half of them prompt; PPO with an SFT start, its frozen copy, a reward
-    model and a value model of its own."""
+def test_ppo_and_grpo_take_little_more_memory_than_sft(tmp_path):
+    """Micro-batches of 4 rows × 256 tokens, half of them prompt; both with an SFT start, its frozen copy and a reward
+    model, PPO with a value model of its own."""
     texts = [f"Go on with this: {'one two three four five six seven eight nine ten ' * 20}{n}" for n in range(8)]
     rows = {"prompts": [{"prompt": text} for text in texts]}
     rows["demonstrations"] = [{"prompt": text, "completion": text} for text in texts]
@@ -91,3 +91,7 @@ def test_ppo_takes_little_more_memory_than_sft(tmp_path):
     lengths = [json.loads(line)["objective/length"] for line in (tmp_path / "ppo/metrics.jsonl").open()]
     assert max(lengths) > 64, "the rows are to be 256 tokens long"
     assert ppo <= 1.25 * sft
+    group = ["train.batch_size=1", "grpo.group_size=4", "grpo.minibatches=1", "rollout.batch_size=4", "reward=null"]
+    grpo = train("grpo", "grpo", "prompts", *starts, *group)
+    print(f"GRPO / SFT: {grpo / sft:.3f}")
+    assert grpo <= 1.3 * sft

@@ -1,7 +1,7 @@
 """python recipes/reasoning_gym_task.py TASK --out FILE [key=value …]: questions of a reasoning-gym task, with answers.
 
     python recipes/reasoning_gym_task.py chain_sum --out chain_sum.jsonl --rows 1000 min_terms=2 max_terms=2
-    python recipes/grpo.py data.train=chain_sum.jsonl data.eval= reward=reasoning_gym
+    python recipes/grpo.py data.train=chain_sum.jsonl data.eval=null reward=reasoning_gym
 
 key=value are the task's own settings. The package reasoning-gym makes the questions on this machine.
 """

@@ -20,7 +20,7 @@ BATCH = 2 * PAIRS
 COMMAND = """
 import sys
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.stages import dpo, kto, orpo, ppo, reward, sft
+from lowrank_rlhf.stages import dpo, grpo, kto, orpo, ppo, reward, sft
 peak = lambda: next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
 imports = peak()
 status = main(sys.argv[1:])
@@ -96,8 +96,8 @@ def test_learning_from_preferences_takes_little_more_memory_than_sft(train, tmp_
         assert peak <= 1.3 * sft
 
 
-def test_ppo_takes_little_more_memory_than_sft(train, tmp_path):
-    """PPO with an SFT start, its frozen copy, a reward model and a value model of its own."""
+def test_ppo_and_grpo_take_little_more_memory_than_sft(train, tmp_path):
+    """Both with an SFT start, its frozen copy and a reward model, PPO with a value model of its own."""
     sft = train("sft", "sft", "demonstrations")
     train("reward", "reward", "pairs", "train.batch_size=2", "train.micro_batch_size=2")
     starts = [f"policy_from={tmp_path}/sft", f"reward_from=[{{run: {tmp_path}/reward}}]", "data.eval=null"]
@@ -107,3 +107,7 @@ def test_ppo_takes_little_more_memory_than_sft(train, tmp_path):
     lengths = [json.loads(line)["objective/length"] for line in (tmp_path / "ppo/metrics.jsonl").open()]
     assert max(lengths) > 64, "the rows are to be 256 tokens long"
     assert ppo <= 1.25 * sft
+    group = ["train.batch_size=1", "grpo.group_size=4", "grpo.minibatches=1", "rollout.batch_size=4", "reward=null"]
+    grpo = train("grpo", "grpo", "prompts", *starts, *group)
+    print(f"GRPO / SFT: {grpo / sft:.3f}")
+    assert grpo <= 1.3 * sft

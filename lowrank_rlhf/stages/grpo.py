@@ -43,12 +43,10 @@ def train(recipe: GRPORecipe, run: Run, callbacks: SequenceOf[TrainerCallback] =
 class GRPO:
     """The policy on its base, the prompts, the rewards and the optimizer of a GRPO run."""
 
-    roles = ["policy"]  # noqa: RUF012 - never changed
-
     def __init__(self, recipe: GRPORecipe):
         settings = recipe.grpo
         refuse_contradictions(recipe, minibatches=settings.minibatches, group_size=settings.group_size)
-        self.recipe = recipe
+        self.recipe, self.roles = recipe, ["policy"]
         self.on_policy = OnPolicy(recipe, minibatches=settings.minibatches, group_size=settings.group_size)
         self.backbone = backbone = self.on_policy.backbone
         backbone.train_only("policy")

@@ -39,25 +39,27 @@ def policy_logps(backbone: Backbone, role: str | None, batch: Batch, temperature
 
 
 @torch.no_grad()
-def sequence_kl(
+def sequence_kls(
     backbone: Backbone,
     role: str | None,
-    reference: str | None,
+    references: SequenceOf[str | None],
     sequences: SequenceOf[Sequence],
     micro_batch_size: int,
     temperature: float = 1.0,
-) -> list[float]:
-    """log π_role − log π_reference of each completion, nats: the k1 estimate of KL per sequence.
+) -> list[list[float]]:
+    """log π_role − log π_reference of each completion, nats, for each reference: the k1 estimate of KL per sequence.
+
+    Forwards take sequences of like length; the policy and its references see the same padded tensors.
 
     Args:
-        temperature: at which the completions were sampled; both policies are compared there.
+        temperature: at which the completions were sampled; all are compared there.
     """
-    if role == reference:
-        return [0.0] * len(sequences)
-    kls: list[float] = []
-    for group in chunks(range(len(sequences)), micro_batch_size):
+    kls = torch.zeros(len(references), len(sequences))
+    if (names := {role, *references}) == {role}:
+        return list(kls.tolist())
+    for group in chunks(sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids)), micro_batch_size):
         batch = pad_batch([sequences[i] for i in group], backbone.info.pad_token_id).to(backbone.model.device)
-        logps, _ = policy_logps(backbone, role, batch, temperature)
-        reference_logps, _ = policy_logps(backbone, reference, batch, temperature)
-        kls += (logps - reference_logps).sum(dim=1).tolist()
-    return kls
+        logps = {name: policy_logps(backbone, name, batch, temperature)[0] for name in names}
+        for n, reference in enumerate(references):
+            kls[n, group] = (logps[role] - logps[reference]).sum(dim=1).cpu()
+    return list(kls.tolist())

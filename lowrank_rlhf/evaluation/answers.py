@@ -11,7 +11,7 @@ from lowrank_rlhf.config import Rollout
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.rewards import Reward
 from lowrank_rlhf.rollout import generate
-from lowrank_rlhf.scoring import sequence_kl
+from lowrank_rlhf.scoring import sequence_kls
 
 BATCH, MICRO_BATCH = 32, 8
 
@@ -75,14 +75,13 @@ def measure_answers(
         reference: the role KL is measured to beside the base; None where there is no other.
         sources: what scores them, by name.
     """
-    kl_to_reference = None
-    if reference is not None:
-        kl_to_reference = sequence_kl(backbone, role, reference, sequences, MICRO_BATCH, temperature)
+    references = [None] if reference is None else [None, reference]
+    kl_to_base, *others = sequence_kls(backbone, role, references, sequences, MICRO_BATCH, temperature)
     return Answers(
         texts=[renderer.decode(s.completion_ids) for s in sequences],
         lengths=[len(s.completion_ids) for s in sequences],
         ended=[not s.cut for s in sequences],
         scores={name: source(examples, sequences).scores for name, source in sources.items()},
-        kl_to_base=sequence_kl(backbone, role, None, sequences, MICRO_BATCH, temperature),
-        kl_to_reference=kl_to_reference,
+        kl_to_base=kl_to_base,
+        kl_to_reference=others[0] if others else None,
     )

@@ -66,7 +66,7 @@ HH = [
 
 
 def test_reward_model_on_hh_trains_and_prints_its_accuracy(runs, capsys):
-    rows = stage("reward", runs / "reward", *HH, "train.epochs=1", "train.micro_batch_size=2")
+    rows = stage("reward", runs / "reward", *HH, "train.epochs=1", "train.batch_size=8", "train.micro_batch_size=2")
     losses = [row["loss"] for row in rows if "loss" in row]
     assert abs(rows[0]["eval_loss"] - 0.6931) < 1e-3, "a zero head gives log 2"
     assert sum(losses[-20:]) / 20 < math.log(2), "of pairs that were not trained on before: one epoch"

@@ -10,10 +10,13 @@ from lowrank_rlhf import config, config_grpo, config_pipeline, config_preference
 from lowrank_rlhf.cli import STAGES
 from lowrank_rlhf.config import PPO, PPORecipe, RewardSource, SFTRecipe
 from lowrank_rlhf.config_grpo import GRPORecipe
+from lowrank_rlhf.config_pipeline import PipelineRecipe
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.loader import REFUSED_KEYS, as_yaml, load_recipe, parse_yaml
 
-RECIPES = sorted(path for path in (Path(__file__).parent.parent / "recipes").rglob("*.yaml") if path.stem != "pipeline")
+FOLDER = Path(__file__).parent.parent / "recipes"
+FILES = sorted(FOLDER.rglob("*.yaml"))
+RECIPES = [path for path in FILES if path.stem != "pipeline"]
 CLASSES = [
     found
     for module in (config, config_grpo, config_pipeline, config_preference)
@@ -220,15 +223,19 @@ def test_a_resolved_recipe_written_as_yaml_loads_as_the_same_recipe(cls, load):
     assert load(text=as_yaml(recipe), cls=cls) == recipe
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(FOLDER).with_suffix("").as_posix())
 def test_recipe_files_are_short_and_open_with_their_command(path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
     stage, _, variant = path.stem.partition("_")
-    assert lines[0].startswith(f"# python recipes/{stage}.py" + f" --config recipes/{path.name}" * bool(variant))
-    assert path.with_name(f"{stage}.py").is_file()
-    assert any(line.startswith(("# not measured yet", "# measured 20")) for line in lines[1:3])
-    load_recipe(STAGES[stage][1], path)
+    name, in_folder = path.relative_to(FOLDER).as_posix(), path.parent != FOLDER
+    command = f"# python recipes/{stage}.py"
+    assert lines[0] == (f"{command} --config recipes/{name}" if variant or in_folder else command)
+    assert (FOLDER / f"{stage}.py").is_file()
+    states = ("# not measured; for a card of ",) if in_folder else ("# not measured yet", "# measured 20")
+    assert any(line.startswith(states) for line in lines[1:3])
+    load_recipe(PipelineRecipe if stage == "pipeline" else STAGES[stage][1], path)
 
 
 def test_every_config_class_is_frozen_and_has_at_most_15_fields():

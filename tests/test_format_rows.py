@@ -9,6 +9,7 @@ import pytest
 
 from lowrank_rlhf.config import Data
 from lowrank_rlhf.data import load_demonstrations, load_preferences, load_prompts, read_examples
+from lowrank_rlhf.data.files import load_hub
 from lowrank_rlhf.data.formats import FORMATS
 from lowrank_rlhf.errors import UserError
 
@@ -442,6 +443,44 @@ def test_the_hub_is_asked_by_name_configuration_and_split(monkeypatch):
         *[("owner/name", None, "train"), ("owner/name", "main", "train"), ("owner/name", None, "test")],
         ("owner/na.me", "main", "train[:10%]"),
     ]
+
+
+@pytest.fixture
+def in_folders(tmp_path, monkeypatch):
+    """A repository of HH-RLHF's layout, read by datasets itself: parts in folders, which its card does not name."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for part in ("harmless-base", "helpful-base"):
+        (tmp_path / "owner/name" / part).mkdir(parents=True)
+        for split in ("train", "test"):
+            with gzip.open(f"owner/name/{part}/{split}.jsonl.gz", "wt") as file:
+                file.write(json.dumps({"prompt": f"{part} {split}"}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("owner/name", ["harmless-base train", "helpful-base train"]),
+        ("owner/name/helpful-base", ["helpful-base train"]),
+        ("owner/name/helpful-base:test[:1]", ["helpful-base test"]),
+    ],
+)
+def test_a_part_of_a_hub_dataset_may_be_a_folder(source, found, in_folders):
+    assert [row["prompt"] for row in load_hub(source)] == found
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("owner/name/unhelpful", "BuilderConfig 'unhelpful' not found"),
+        ("owner/name/helpful-base:dev", 'Unknown split "dev"'),
+    ],
+)
+def test_a_part_or_split_of_a_hub_dataset_that_is_not_there_is_told(source, reason, in_folders):
+    with pytest.raises(UserError, match=f"^{source}: there is no such file, and no hub dataset .*: {reason}"):
+        load_hub(source)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):

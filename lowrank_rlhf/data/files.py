@@ -27,7 +27,8 @@ def read_rows(source: str) -> Iterator[tuple[str, Row | UserError]]:
     """(`FILE, row N`, row) from 1 on; a row that is broken by itself comes as the error, so that it can be skipped.
 
     Args:
-        source: a file with one of `SUFFIXES`, or a hub dataset `owner/name`, `owner/name/config`, `owner/name:split`.
+        source: a file with one of `SUFFIXES`, or a hub dataset `owner/name`, `owner/name/config`, `owner/name/folder`,
+            each also with `:split` (`openai/gsm8k/main:test[:100]`).
 
     Raises:
         UserError: the source as a whole cannot be read.
@@ -169,7 +170,7 @@ def load_hub(source: str) -> Any:
     """A hub dataset, downloaded once and memory-mapped; without a split, `train`.
 
     Raises:
-        UserError: there is no such dataset, configuration or split, or the hub cannot be reached.
+        UserError: there is no such dataset, configuration, folder or split, or the hub cannot be reached.
     """
     import datasets
     import huggingface_hub.errors
@@ -184,10 +185,20 @@ def load_hub(source: str) -> Any:
         datasets.exceptions.DatasetsError,
         huggingface_hub.errors.HfHubHTTPError,
     )
+    name, part, split = match["name"], match["config"], match["split"] or "train"
     try:
-        return datasets.load_dataset(match["name"], match["config"], split=match["split"] or "train")
+        return datasets.load_dataset(name, part, split=split)
     except errors as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise UserError(
-            f"{source}: there is no such file, and no hub dataset of that name could be loaded: {reason}"
-        ) from error
+        problem = error
+    if part is not None and isinstance(problem, ValueError):
+        # Some repositories keep their parts in folders that are no configurations, as HH-RLHF its helpful-base
+        try:
+            return datasets.load_dataset(name, data_dir=part, split=split)
+        except ValueError as error:  # the folder is there, the split is not
+            problem = error
+        except errors:
+            pass
+    reason = (str(problem).strip() or type(problem).__name__).splitlines()[0][:300]
+    raise UserError(
+        f"{source}: there is no such file, and no hub dataset of that name could be loaded: {reason}"
+    ) from problem

@@ -11,13 +11,15 @@ from lowrank_rlhf.config_preference import DPORecipe, KTORecipe, ORPORecipe
 class Comparison:
     """How a pipeline ends: the base and every policy answer `samples` times to each of the `prompts`.
 
-    `gold`: a score apart from the reward that trained. `max_prompts`: only the first so many.
+    `gold`: a score apart from the reward that trained. `max_prompts`: only the first so many. `batch_size`: answers
+    sampled together.
     """
 
     prompts: str
     gold: str | None = None
     samples: int = ranged(1, 1)
     max_prompts: int | None = ranged(None, 1)
+    batch_size: int = ranged(32, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,7 @@ def compare(pipeline: Pipeline) -> None:
         gold=settings.gold,
         against=str(folder / SFT) if SFT in pipeline.recipes else "base",
         samples=settings.samples,
+        batch_size=settings.batch_size,
         out=str(folder / COMPARISON),
     )
     inputs = {

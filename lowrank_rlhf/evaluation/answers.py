@@ -13,7 +13,7 @@ from lowrank_rlhf.rewards import Reward
 from lowrank_rlhf.rollout import generate
 from lowrank_rlhf.scoring import sequence_kls
 
-BATCH, MICRO_BATCH = 32, 8
+MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def sample_answers(
     *,
     seed: int,
     temperature: float,
+    batch_size: int,
 ) -> list[Sequence]:
     """One completion per example. The same seed for every policy: what differs is the policy."""
     torch.manual_seed(seed)
@@ -51,10 +52,10 @@ def sample_answers(
         backbone,
         role,
         [renderer.prompt(e.prompt, e.where)[0] for e in examples],
-        Rollout(batch_size=BATCH, temperature=temperature),
+        Rollout(batch_size=batch_size, temperature=temperature),
         max_new_tokens=renderer.data.max_completion_tokens,
         stop_ids=renderer.stop_ids,
-        label=f"{name} answers, {BATCH} at a time",
+        label=f"{name} answers, {batch_size} at a time",
     )
 
 

@@ -35,6 +35,9 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--temperature", metavar="T", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, help="(default: what the runs were trained with)")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=32, help="answers sampled together (default: %(default)s)"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the report (default: an unused runs/evaluation-N)")
 
 

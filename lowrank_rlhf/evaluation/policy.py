@@ -40,6 +40,7 @@ class PolicyEvaluation:
         judge: reward, a verifier, `module:function` or a URL; None is the reward where there is one.
         against: base, a run, or start: what each policy's training started from.
         max_new_tokens: None is the highest limit that the runs were trained with.
+        batch_size: answers sampled together.
         out: a folder that is empty or not there; None is an unused runs/evaluation-N.
 
     Raises:
@@ -58,11 +59,14 @@ class PolicyEvaluation:
     seed: int = 0
     temperature: float = 1.0
     max_new_tokens: int | None = None
+    batch_size: int = 32
     out: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"--samples: must be at least 1, got {self.samples}")
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size: must be at least 1, got {self.batch_size}")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens: must be at least 1, got {self.max_new_tokens}")
         if not 0 < self.temperature < math.inf:
@@ -155,8 +159,16 @@ def answer(
 ) -> Answers:
     """One policy's answers and what there is to say of each."""
     reference = roster.policies[policy.reference].role if policy.reference else None
-    same = {"seed": settings.seed, "temperature": settings.temperature}
-    sequences = sample_answers(policy.name, policy.role, backbone, renderer, examples, **same)  # type: ignore[arg-type]
+    sequences = sample_answers(
+        policy.name,
+        policy.role,
+        backbone,
+        renderer,
+        examples,
+        seed=settings.seed,
+        temperature=settings.temperature,
+        batch_size=settings.batch_size,
+    )
     return measure_answers(
         policy.role, reference, backbone, renderer, examples, sequences, sources, temperature=settings.temperature
     )

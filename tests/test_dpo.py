@@ -287,7 +287,7 @@ def test_the_accuracy_is_the_share_of_pairs_whose_chosen_answer_gained_more(make
 def test_a_run_answers_is_compared_exported_and_gone_on_from(data, tmp_path, capsys):
     sft = sft_run(tmp_path)
     settings = [f"data.train={data}", "data.max_prompt_tokens=32", "base.quantization=none", "base.device=cpu"]
-    settings += ["train.learning_rate=0.01"]
+    settings += ["train.learning_rate=0.01", "dpo.beta=0.2"]
     arguments = ["dpo", "--config", "recipes/dpo.yaml", "--tiny", *settings]
     assert cli_main([*arguments, f"run_dir={tmp_path}/dpo", f"policy_from={sft}"]) == 0
     assert cli_main([*arguments, f"run_dir={tmp_path}/again", f"policy_from={tmp_path}/dpo"]) == 0
@@ -306,7 +306,7 @@ def test_a_run_answers_is_compared_exported_and_gone_on_from(data, tmp_path, cap
     card = (tmp_path / "dpo/adapters/policy/README.md").read_text()
     assert "| method | DPO:" in card
     assert "| reference | start |" in card
-    assert json.loads((tmp_path / "dpo/run.json").read_text())["recipe"]["dpo"]["beta"] == 0.1
+    assert json.loads((tmp_path / "dpo/run.json").read_text())["recipe"]["dpo"]["beta"] == 0.2
 
 
 # What is refused

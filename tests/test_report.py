@@ -180,7 +180,7 @@ def test_progress_is_silent_when_it_is_quick_and_tells_lines_where_there_is_no_t
         ("sft", "completion, from columns completion, gold, prompt"),
         (
             "reward",
-            "preference, from columns chosen, flipped, gold_chosen, gold_rejected, must_mention, prompt, rejected",
+            "ranking, from columns flipped, gold, must_mention, prompt, ranking, responses",
         ),
         ("ppo", "prompt, from columns must_mention, prompt"),
     ],

@@ -145,8 +145,9 @@ def planted(tmp_path):
 
 
 def train(run_dir, *overrides):
-    arguments = ["--config", "recipes/reward.yaml", "--tiny"]
+    arguments = ["--config", "recipes/reward.yaml", "--tiny", "data.max_rows=null"]
     settings = ["data.max_completion_tokens=64", "train.learning_rate=0.01", "train.batch_size=8"]
+    settings += ["train.micro_batch_size=4"]
     assert main(["reward", *arguments, *settings, f"run_dir={run_dir}", *overrides]) == 0
     return json.loads((run_dir / "run.json").read_text())["final"]
 

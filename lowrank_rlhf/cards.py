@@ -122,6 +122,7 @@ def _card(
         "method": METHODS[info["stage"]],
         "base": f"`{model}`, revision `{base['revision']}`, loaded as {base['quantization']}",
         "data": f"`{Path(recipe['data']['train']).name}`, hash `{info.get('data_hash')}`",
+        "today, to the chat template": info.get("data_report", {}).get("template_date"),
         "reference": info.get("reference"),
         "LoRA": ", ".join(f"{key} {value}" for key, value in recipe["lora"].items()),
         "training": ", ".join(f"{key} {value}" for key, value in recipe["train"].items() if value is not None),

@@ -1,6 +1,7 @@
 """A pipeline's recipe: which stages, by which recipes, and how it ends."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lowrank_rlhf.config import PPORecipe, RewardRecipe, Run, SFTRecipe, ranged
 from lowrank_rlhf.config_grpo import GRPORecipe
@@ -11,11 +12,14 @@ from lowrank_rlhf.config_preference import DPORecipe, KTORecipe, ORPORecipe
 class Comparison:
     """How a pipeline ends: the base and every policy answer `samples` times to each of the `prompts`.
 
-    `gold`: a score apart from the reward that trained. `max_prompts`: only the first so many. `batch_size`: answers
-    sampled together.
+    `format`, `columns` and `on_bad_row`: of the prompts, as in a recipe's data group. `gold`: a score apart from the
+    reward that trained. `max_prompts`: only the first so many. `batch_size`: answers sampled together.
     """
 
     prompts: str
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    on_bad_row: Literal["error", "skip"] = "error"
     gold: str | None = None
     samples: int = ranged(1, 1)
     max_prompts: int | None = ranged(None, 1)

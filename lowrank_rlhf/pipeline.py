@@ -19,11 +19,11 @@ from typing import Any
 from lowrank_rlhf import __version__
 from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.config_pipeline import RECIPES, PipelineRecipe
-from lowrank_rlhf.data import read_examples
+from lowrank_rlhf.data import Examples
 from lowrank_rlhf.data.files import source_hash
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
-from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies
+from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies, read_prompts
 from lowrank_rlhf.loader import as_dict, load_recipe
 from lowrank_rlhf.pipeline_report import write_pipeline_report
 from lowrank_rlhf.runs import Run, write_atomic
@@ -92,11 +92,13 @@ def run_pipeline(pipeline: Pipeline) -> Path:
 
     Raises:
         Interrupted: a stage was asked to stop; the same pipeline goes on from there.
+        UserError: prompts that do not fit are told before anything trains.
     """
+    prompts = read_prompts(evaluation(pipeline))
     for name, recipe in pipeline.recipes.items():
         print(f"\npipeline: {name}", flush=True)
         run_stage(name, recipe, pipeline.folder)
-    compare(pipeline)
+    compare(pipeline, prompts)
     report = write_pipeline_report(pipeline.folder, list(pipeline.recipes))
     print(f"pipeline: {report}", flush=True)
     return pipeline.folder
@@ -115,13 +117,15 @@ def run_stage(name: str, recipe: Any, folder: Path) -> None:
         importlib.import_module(f"lowrank_rlhf.stages.{recipe.stage}").train(recipe, run)
 
 
-def compare(pipeline: Pipeline) -> None:
-    """The policies against SFT, where there is one, on the held-out prompts."""
+def evaluation(pipeline: Pipeline) -> PolicyEvaluation:
+    """The policies against SFT, where there is one."""
     folder, settings = pipeline.folder, pipeline.settings.comparison
-    examples = read_examples(settings.prompts)
-    evaluation = PolicyEvaluation(
+    return PolicyEvaluation(
         runs=tuple(str(folder / name) for name in pipeline.policies),
         prompts=settings.prompts,
+        format=settings.format,
+        columns=settings.columns,
+        on_bad_row=settings.on_bad_row,
         reward_from=str(folder / REWARD) if REWARD in pipeline.recipes else None,
         gold=settings.gold,
         against=str(folder / SFT) if SFT in pipeline.recipes else "base",
@@ -129,8 +133,13 @@ def compare(pipeline: Pipeline) -> None:
         batch_size=settings.batch_size,
         out=str(folder / COMPARISON),
     )
+
+
+def compare(pipeline: Pipeline, prompts: Examples) -> None:
+    """All policies on the held-out prompts."""
+    folder, settings, asked = pipeline.folder, evaluation(pipeline), pipeline.settings.comparison.max_prompts
     inputs = {
-        "settings": dataclasses.asdict(evaluation) | {"max_prompts": settings.max_prompts},
+        "settings": dataclasses.asdict(settings) | {"max_prompts": asked},
         "prompts": source_hash(settings.prompts),
         "adapters": {name: adapter_hashes(folder / name) for name in pipeline.recipes},
     }
@@ -143,7 +152,7 @@ def compare(pipeline: Pipeline) -> None:
     if report.parent.is_dir():
         shutil.rmtree(report.parent)  # answers without a report: it was interrupted, and makes them again
     remember(folder, COMPARISON, inputs)
-    compare_policies(evaluation, examples[: settings.max_prompts], show=SHOWN)
+    compare_policies(settings, prompts.subset(range(len(prompts))[:asked]), show=SHOWN)
 
 
 # What a stage was made from

@@ -10,6 +10,16 @@ from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Base
 from lowrank_rlhf.runs import Run
 
+# Of the slow tests these go first, so that no core is left with one of them when the others are done
+LONGEST = ("test_real_data.py", "test_memory.py", "test_resume.py")
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        return LONGEST.index(item.path.name) if item.get_closest_marker("slow") and item.path.name in LONGEST else 9
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(params=["none", "nf4"])
 def quantization(request):

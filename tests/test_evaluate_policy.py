@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.data import Sequence, read_examples
+from lowrank_rlhf.data import Sequence
 from lowrank_rlhf.evaluation import policy
-from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies
+from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies, read_prompts
 from lowrank_rlhf.evaluation.roster import BASE, read_roster
 from tests.chat_server import serving
 
@@ -159,10 +159,11 @@ def test_near_temperature_0_all_answers_to_a_prompt_are_the_same(evaluate):
 
 def test_the_first_answer_of_each_policy_can_be_shown(runs, tmp_path, capsys):
     """What the pipeline ends with."""
+    names = (str(runs / "sft"),), str(runs / "prompts.jsonl")
     settings = PolicyEvaluation(
-        (str(runs / "sft"),), "p", reward="tests.judges:longer", samples=2, max_new_tokens=4, out=str(tmp_path / "out")
+        *names, reward="tests.judges:longer", samples=2, max_new_tokens=4, out=str(tmp_path / "out")
     )
-    compare_policies(settings, read_examples(runs / "prompts.jsonl"), show=2)
+    compare_policies(settings, read_prompts(settings), show=2)
     text = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out/answers.jsonl").read_text().splitlines()]
     second = next(row for row in rows if row["policy"] == "sft" and row["prompt"] == PROMPTS[1]["prompt"])
@@ -183,6 +184,24 @@ def test_a_prompt_that_comes_twice_is_asked_once(evaluate, runs, tmp_path):
     _, rows, report = evaluate("--prompts", str(twice), names=("sft",))
     assert report["prompts"] == 12
     assert [row["prompt"] for row in rows[:12]] == [row["prompt"] for row in PROMPTS]
+
+
+def test_format_columns_and_bad_rows_of_prompts_are_those_of_a_recipe(evaluate, runs, tmp_path, capsys):
+    """GSM8K's columns; the renamed one is the prompt, and verifiers find the others."""
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(3)] + [{"answer": "#### 5"}]
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["evaluate", "policy", str(runs / "sft"), "--prompts", str(file), "--out", str(tmp_path / "refused")]
+    assert main([*words, "--columns", "prompt=question"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}, row 4: there is no column 'question'")
+    flags = ["--columns", "prompt=question", "--format", "prompt", "--on-bad-row", "skip", "--reward", "exact_number"]
+    _, answers, report = evaluate("--prompts", str(file), *flags, names=("sft",))
+    assert [row["prompt"] for row in answers if row["policy"] == "sft"] == ["0 + 1?", "1 + 1?", "2 + 1?"]
+    assert {row["reward"] for row in answers} <= {0.0, 1.0}
+    assert any(note.startswith("1 of 4 rows of prompts are left out: row 4: ") for note in report["notes"])
+    assert (report["columns"], report["format"], report["on_bad_row"]) == ({"prompt": "question"}, "prompt", "skip")
+    assert main([*words, "--columns", "prompt"]) == 2
+    assert "--columns: 'prompt': write it OURS=THEIRS" in capsys.readouterr().err
 
 
 def test_a_start_that_is_gone_is_noted_and_is_an_error_only_where_it_is_needed(runs, tmp_path):

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.pipeline import load_pipeline
+from lowrank_rlhf.pipeline import load_pipeline, run_pipeline
 from tests import kill
 
 ROOT = Path(__file__).parent.parent
@@ -151,12 +151,29 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
         (["train.max_steps=1"], "'train.max_steps=1': begin with a stage of the pipeline (sft, reward, ppo"),
         (["ppo.train.max_step=1"], "train.max_step: unknown key; did you mean train.max_steps?"),
         (["comparison.sample=2"], "comparison.sample: unknown key; did you mean comparison.samples?"),
+        (["comparison.columns={prompt: question}"], "prompts_test.jsonl, row 1: there is no column 'question'"),
     ],
 )
 def test_bad_input_is_told_before_anything_trains(overrides, message, tmp_path, capsys):
     assert main(words(tmp_path / "runs", *overrides)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_comparison_reads_prompts_as_a_stage_does(tmp_path, monkeypatch):
+    """Columns, rows that do not fit, and how many."""
+    rows = [{"answer": "#### 0"}, *({"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(9))]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = [f"prompts={tmp_path}/gsm8k.jsonl", "columns={prompt: question}", "format=prompt", "on_bad_row=skip"]
+    words = [f"comparison.{change}" for change in changes]
+    pipeline = load_pipeline("recipes/pipeline.yaml", words, run_dir=str(tmp_path), everything=False, tiny=True)
+    asked = []
+    monkeypatch.setattr("lowrank_rlhf.pipeline.run_stage", lambda *stage: None)
+    monkeypatch.setattr("lowrank_rlhf.pipeline.write_pipeline_report", lambda *page: None)
+    monkeypatch.setattr("lowrank_rlhf.pipeline.compare_policies", lambda _, prompts, show: asked.extend(prompts))
+    run_pipeline(pipeline)
+    assert [e.prompt[0]["content"] for e in asked] == [f"{i} + 1?" for i in range(6)]
+    assert {e.columns["answer"] for e in asked} == {f"#### {i + 1}" for i in range(6)}
 
 
 def test_an_unknown_stage_is_told(tmp_path, capsys):

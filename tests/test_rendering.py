@@ -1,6 +1,7 @@
 """Training, scoring and generation read the same tokens: whole texts end at the end-of-turn token, cuts are told."""
 
 from contextlib import nullcontext
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +170,34 @@ def test_a_prompt_template_without_a_place_for_the_prompt_is_refused_where_it_is
     with pytest.raises(UserError, match=r"^data\.prompt_template: must contain \{prompt\}"):
         renderer(with_template(None), prompt_template="Answer: ")
     renderer(tiny_tokenizer(), prompt_template="Answer: ")  # this base has a chat template: not used
+
+
+DATED = """{% if strftime_now is defined %}
+    {% set today = strftime_now("%d %b %Y") %}
+{% else %}
+    {% set today = "never" %}
+{% endif %}
+{% macro month() %}{{ strftime_now("%B, %Y-%m-%d") }}{% endmacro %}
+<|im_start|>system
+Today: {{ today }}, {{ month() }}<|im_end|>
+"""
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_on_every_day(monkeypatch):
+    """As SmolLM3's and Llama 3.2's do; a text has the same tokens whenever it is read, and all else is as it was."""
+    dated, texts = with_template("\n  " + DATED + CHAT_TEMPLATE), []
+    for day in (1, 2):
+        clock = SimpleNamespace(now=lambda day=day: datetime(2031, 5, day))
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        theirs = dated.apply_chat_template(TALK + ANSWER, tokenize=False)
+        assert f"Today: 0{day} May 2031, May, 2031-05-0{day}<" in theirs
+        render = renderer(dated)
+        texts.append(render.text(render.sequence(TALK, ANSWER).ids) + "\n")
+        assert render.prompt(TALK)[0] == render.sequence(TALK, ANSWER).prompt_ids
+        ours = theirs.replace(f"0{day} May 2031, May, 2031-05-0{day}", "26 Jul 2024, July, 2024-07-26")
+        assert texts[-1] == ours != theirs
+    assert texts[0] == texts[1]
+    assert (render.template_date, renderer(with_template(CHAT_TEMPLATE)).template_date) == ("2024-07-26", None)
 
 
 def test_a_template_that_changes_the_prompt_once_it_is_answered_is_refused_with_the_row():

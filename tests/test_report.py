@@ -60,6 +60,19 @@ def test_a_report_by_hand(tmp_path):
     assert lines[-1].startswith("  held-out prompts that are also in train: 2")
 
 
+def test_a_date_in_the_chat_template_is_told(tmp_path, monkeypatch):
+    rows = jsonl(tmp_path / "a.jsonl", [row(f"question {i}") for i in range(20)])
+    assert report(rows)["template_date"] is None
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %B') }}" + tokenizer.chat_template
+    monkeypatch.setitem(globals(), "tiny_tokenizer", lambda: tokenizer)
+    found = report(rows)
+    assert found["template_date"] == "2024-07-26"
+    told = "  the chat template writes the date of the day: 2024-07-26 here, whenever it is"
+    assert told in list(report_lines(found))
+    assert found["rendered"][0]["text"][0][0].startswith("26 July<|im_start|>")
+
+
 def test_a_split_by_prompt_leaks_nothing(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [row(f"p{i % 40}") for i in range(80)])
     assert report(path, eval_fraction=0.3)["leaked"] == 0

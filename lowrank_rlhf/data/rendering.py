@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank_rlhf.config import Data
 from lowrank_rlhf.data.examples import Messages
+from lowrank_rlhf.data.template_date import DAY, dated_template
 from lowrank_rlhf.errors import UserError
 
 
@@ -62,9 +63,15 @@ class Renderer:
             )
         if tokenizer.chat_template is None and "{prompt}" not in data.prompt_template:
             raise UserError("data.prompt_template: must contain {prompt}, this base has no chat template")
+        self.dated = dated_template(tokenizer)
         self.end_of_turn = self._end_of_turn()
         self.end_of_turn_id = int(tokenizer.convert_tokens_to_ids(self.end_of_turn))  # type: ignore[arg-type]
         self.stop_ids = sorted({self.end_of_turn_id, int(tokenizer.eos_token_id)})
+
+    @property
+    def template_date(self) -> str | None:
+        """The day that the chat template writes as today's, whenever it is; None where it writes none."""
+        return DAY.date().isoformat() if self.dated else None
 
     def prompt(self, messages: Messages, where: str = "") -> tuple[list[int], bool]:
         """Ids of the prompt up to where the answer begins, keeping its end, and whether a limit cut it."""
@@ -159,7 +166,8 @@ class Renderer:
         if self.tokenizer.chat_template is None:
             return self._plain(messages)
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+            text = self.tokenizer.apply_chat_template(messages, chat_template=self.dated, tokenize=False, **options)
+            return str(text)
         except jinja2.TemplateError as error:
             raise UserError(f"{where}: the chat template refuses this dialogue: {error}") from error
 

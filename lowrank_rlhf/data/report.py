@@ -49,6 +49,7 @@ def data_report(kind: Kind, train: Examples, held_out: Examples, renderer: Rende
         "contradicting_pairs": contradicting,
         "empty_answers": empty_answers(judged),
         "leaked": leaked_prompts(train, held_out),
+        "template_date": renderer.template_date,
         "rendered": [{"row": where, "text": text} for where, text in _rendered(kind, train, renderer)],
     }
 
@@ -143,6 +144,8 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
         if found.get("max"):
             shown = ", ".join(f"{p if p == 'max' else p + ' %'} {count}" for p, count in found.items())
             yield f"  tokens per {name}: {shown}"
+    if report["template_date"]:
+        yield f"  the chat template writes the date of the day: {report['template_date']} here, whenever it is"
     cut, texts = report["truncated"], report["texts"]
     yield f"  {cut} of {texts} texts cut to data.max_prompt_tokens or data.max_completion_tokens"
     duplicates, leaked = report["duplicates"], report["leaked"]

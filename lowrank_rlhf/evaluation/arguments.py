@@ -17,6 +17,7 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
     """The fields of `PolicyEvaluation` as flags."""
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run directory; its policy, else sft adapter answers")
     parser.add_argument("--prompts", metavar="FILE", required=True, help="prompts, in any data format")
+    add_file_arguments(parser)
     parser.add_argument("--reward-from", metavar="RUN", help="score with this reward run")
     parser.add_argument("--reward", metavar="NAME", help="score with a module:function, verifier or reward server")
     parser.add_argument("--gold", metavar="NAME", help="a score apart from the reward that trained, named likewise")
@@ -44,6 +45,16 @@ def add_policy_arguments(parser: argparse.ArgumentParser) -> None:
 def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a reward run's directory")
     parser.add_argument("--data", metavar="F", required=True, help="preferences, in any data format")
+    add_file_arguments(parser)
+    parser.add_argument(
+        "--by", metavar="COLUMN", nargs="+", action="extend", default=[], help="columns to report accuracy by"
+    )
+    add_combine_arguments(parser)
+    parser.add_argument("--out", metavar="DIR", help="where the report goes (default: RUN)")
+
+
+def add_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """How rows are read, as in a recipe's data group."""
     parser.add_argument("--format", metavar="NAME", help="of the file, where its columns do not tell")
     parser.add_argument(
         "--columns",
@@ -54,11 +65,6 @@ def add_reward_arguments(parser: argparse.ArgumentParser) -> None:
         help="columns that have another name, as prompt=text",
     )
     parser.add_argument("--on-bad-row", choices=("error", "skip"), default="error", help="(default: %(default)s)")
-    parser.add_argument(
-        "--by", metavar="COLUMN", nargs="+", action="extend", default=[], help="columns to report accuracy by"
-    )
-    add_combine_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", help="where the report goes (default: RUN)")
 
 
 def add_combine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +86,7 @@ def add_combine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     values = {key: value for key, value in vars(args).items() if key not in ("verb", "kind")}
+    values["columns"] = column_map(args.columns)
     if args.kind == "policy":
         from lowrank_rlhf.evaluation.policy import PolicyEvaluation, evaluate_policies
 
@@ -87,8 +94,7 @@ def evaluate(args: argparse.Namespace) -> int:
         return 0
     from lowrank_rlhf.evaluation.reward import RewardEvaluation, evaluate_reward
 
-    values |= {"columns": column_map(args.columns), "by": tuple(args.by)}
-    evaluate_reward(RewardEvaluation(**values))
+    evaluate_reward(RewardEvaluation(**values | {"by": tuple(args.by)}))
     return 0
 
 

@@ -9,13 +9,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowrank_rlhf.backbone import Backbone
-from lowrank_rlhf.config import RewardSource
-from lowrank_rlhf.data import Example, Renderer, read_examples
+from lowrank_rlhf.config import Data, RewardSource
+from lowrank_rlhf.data import Example, Examples, Renderer, load_prompts
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.answers import MICRO_BATCH, Answers, measure_answers, sample_answers
 from lowrank_rlhf.evaluation.charts import plot_report
@@ -35,6 +35,7 @@ class PolicyEvaluation:
     Attributes:
         runs: their policy, else sft adapters answer beside the bare base.
         prompts: a file in any data format; answers in it are ignored.
+        format, columns, on_bad_row: of the prompts, as in a recipe's data group.
         reward_from: a reward run; with `reward` (`module:function`, verifier or server) the two add up.
         gold: scores likewise, told apart from the reward that trained.
         judge: reward, a verifier, `module:function` or a URL; None is the reward where there is one.
@@ -49,6 +50,9 @@ class PolicyEvaluation:
 
     runs: tuple[str, ...]
     prompts: str
+    format: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    on_bad_row: Literal["error", "skip"] = "error"
     reward_from: str | None = None
     reward: str | None = None
     gold: str | None = None
@@ -75,13 +79,24 @@ class PolicyEvaluation:
 
 def evaluate_policies(settings: PolicyEvaluation) -> Path:
     """What `lowrank-rlhf evaluate policy` does; returns the folder of the report."""
-    return compare_policies(settings, read_examples(settings.prompts))
+    return compare_policies(settings, read_prompts(settings))
 
 
-def compare_policies(settings: PolicyEvaluation, prompts: SequenceOf[Example], show: int = 0) -> Path:
-    """Answer, score, judge and report; a prompt that comes twice is asked once.
+def read_prompts(settings: PolicyEvaluation) -> Examples:
+    """The prompts, each once.
+
+    Raises:
+        UserError: a row does not fit, unless `on_bad_row` is skip, or none does.
+    """
+    how = {name: getattr(settings, name) for name in ("format", "columns", "on_bad_row")}
+    return load_prompts(Data(settings.prompts, eval_fraction=0, **how))[0]
+
+
+def compare_policies(settings: PolicyEvaluation, prompts: Examples, show: int = 0) -> Path:
+    """Answer, score, judge and report.
 
     Args:
+        prompts: of `read_prompts`, all or some.
         show: of how many prompts each policy's first answer is printed.
 
     Raises:
@@ -89,7 +104,7 @@ def compare_policies(settings: PolicyEvaluation, prompts: SequenceOf[Example], s
     """
     out = output_folder(settings.out)
     roster = read_roster(settings.runs, settings.against)
-    distinct = list({e.prompt_key: e for e in reversed(prompts)}.values())[::-1]
+    distinct = list(prompts)
     examples = [example for example in distinct for _ in range(settings.samples)]
     backbone = Backbone(roster.base())
     renderer = Renderer(backbone.tokenizer, roster.data(settings.prompts, settings.max_new_tokens), backbone.context)
@@ -113,7 +128,8 @@ def compare_policies(settings: PolicyEvaluation, prompts: SequenceOf[Example], s
         "judge": judge.name if judge else None,
         "against": roster.against_name,
     }
-    report = Report(facts, policies, [*roster.notes, *text_notes(roster, renderer, distinct, answers)])
+    notes = [*roster.notes, *skip_notes(prompts), *text_notes(roster, renderer, distinct, answers)]
+    report = Report(facts, policies, notes)
     write_answers(out, answer_rows(roster, examples, answers, judged, settings.samples))
     write_report(out, report)
     print_report(report)
@@ -199,6 +215,12 @@ def report_on(
     wins, facts = summarise_wins(judged[key], ours, theirs, clusters, settings.seed) if key in judged else ({}, {})
     name = roster.policies[opponent].name
     return PolicyReport(policy.name, policy.run, name, metrics | wins, differences, facts)
+
+
+def skip_notes(prompts: Examples) -> list[str]:
+    """Rows of the prompts' file that are left out, and why the first of them is."""
+    read = prompts.reading
+    return [f"{read.skipped} of {read.rows} rows of prompts are left out: {read.reasons[0]}"] if read.skipped else []
 
 
 def text_notes(

@@ -1,0 +1,1 @@
+"""What people said of answers: the records, the one SQLite file, and the data sets made of it."""

@@ -547,3 +547,55 @@ def test_the_cache_is_on_in_generation_after_checkpointing(two):
         with two.mixed(["policy", "reward"]) as model:
             model.generate(ids, **settings)
         assert read == [8, 1, 1, 1, 1]
+
+
+@pytest.mark.filterwarnings("error:Adapter")
+def test_a_dropped_role_leaves_no_weights_and_the_others_as_they_were(backbone):
+    for seed, role in enumerate(("policy", "other", "reward")):
+        backbone.add_role(role, LORA, head=role == "reward")
+        fill(backbone, role, seed)
+    with backbone.use("other"):
+        expected = logits(backbone, tokens())
+    bare = logits(backbone, tokens())
+    weights, size = bits(backbone.parameters("other")), len(list(backbone.model.parameters()))
+    backbone.train_only("policy", "other")
+    with backbone.use("other"):
+        backbone.drop_role("policy")
+        backbone.drop_role("reward")
+        assert torch.equal(logits(backbone, tokens()), expected)
+        with pytest.raises(UserError, match="'other' is on"):
+            backbone.drop_role("other")
+    assert backbone.roles == ["other"] and not backbone.heads
+    assert same_bits(weights, backbone.parameters("other"))
+    assert size - len(list(backbone.model.parameters())) == 2 * len(weights)
+    assert torch.equal(logits(backbone, tokens()), bare)
+    assert [p.requires_grad for p in backbone.parameters("other")] == [True] * len(weights)
+
+
+@pytest.mark.filterwarnings("error:Adapter")
+def test_the_last_role_can_leave_and_another_come(backbone):
+    bare = logits(backbone, tokens())
+    backbone.add_role("policy", LORA)
+    fill(backbone, "policy", 0)
+    with backbone.use("policy"):
+        expected = logits(backbone, tokens())
+    weights = bits(backbone.parameters("policy"))
+    backbone.drop_role("policy")
+    assert backbone.roles == [] and backbone.active is None
+    assert torch.equal(logits(backbone, tokens()), bare)
+    with backbone.mixed([None, None]):
+        assert torch.equal(logits(backbone, tokens()), bare)
+    backbone.add_role("again", LORA)
+    for ours, saved in zip(backbone.parameters("again"), weights, strict=True):
+        ours.data.copy_(saved)
+    with backbone.mixed([None, "again"]):
+        assert_close(logits(backbone, tokens()), torch.stack([bare[0], expected[1]]), rtol=0, atol=0)
+
+
+def test_the_reference_is_not_dropped(backbone):
+    backbone.add_role("start", LORA)
+    backbone.reference_role = "start"
+    with pytest.raises(UserError, match="is the reference"):
+        backbone.drop_role("start")
+    with pytest.raises(UserError, match="no role 'policy'"):
+        backbone.drop_role("policy")

@@ -61,6 +61,11 @@ def raise_lm_head(where: str) -> NoReturn:
     )
 
 
+def copy_config(config: LoraConfig) -> LoraConfig:
+    """The options of a LoRA without the name of a base: PEFT puts in its own, and warns where the two differ."""
+    return LoraConfig(**{**config.to_dict(), "peft_type": None, "base_model_name_or_path": None})
+
+
 def forbid_merging(model: nn.Module) -> None:
     """Make every LoRA layer on a 4-bit weight refuse to merge, whoever asks (PEFT's merge_and_unload included)."""
     for module in model.modules():

@@ -16,13 +16,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowrank_rlhf.backbone.base import BaseInfo, check_logit_path, load_base
-from lowrank_rlhf.backbone.guard import forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
+from lowrank_rlhf.backbone.guard import copy_config, forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
 from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
 from lowrank_rlhf.backbone.passes import Passes
+from lowrank_rlhf.backbone.rows import BASE_ROW, name_rows
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
-
-BASE_ROW = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
 class Backbone(Passes):
@@ -41,7 +40,8 @@ class Backbone(Passes):
     """
 
     def __init__(self, base: Base, dtype: torch.dtype | None = None):
-        self.model, self.tokenizer, self.info = _checked(base, dtype)
+        self.model, self.tokenizer, self.info = load_base(base, dtype)
+        check_logit_path(self.model)
         self.heads = nn.ModuleDict()
         self.reference_role: str | None = None
         self.peft: PeftModel | None = None  # PEFT cannot wrap a model with no adapter, so it comes with the first role
@@ -109,6 +109,24 @@ class Backbone(Passes):
         """Take a role's head away, where it has one."""
         if role in self.heads:
             del self.heads[role]
+
+    def drop_role(self, role: str) -> None:
+        """Take a role's adapter and head away; nothing of them stays in memory, and the other roles are untouched.
+
+        Raises:
+            UserError: no such role, or it is on, or it is the reference.
+        """
+        self._require(role)
+        if role in (self._active, self.reference_role):
+            raise UserError(f"role {role!r} is {'on' if role == self._active else 'the reference'}, so it stays")
+        assert self.peft is not None
+        self.drop_head(role)
+        self._trainable -= {role}
+        before = self._active
+        # Also with adapters off PEFT points at one of them, and would warn that it picks the next
+        self._select(next((other for other in self.roles if other != role), None))
+        self.peft.delete_adapter(role)
+        self._select(before)
 
     def copy_role(self, source: str, target: str) -> None:
         """`target` becomes a new role with exactly `source`'s adapter and head."""
@@ -201,7 +219,7 @@ class Backbone(Passes):
         names = [BASE_ROW if role is None else role for role in rows]
         # With adapters disabled PEFT ignores the names, so any one role is switched on underneath.
         with self.use(self.roles[0] if self.roles else None) as model:
-            hook = partial(_name_rows, names)
+            hook = partial(name_rows, names)
             handles = [
                 module.register_forward_pre_hook(hook, with_kwargs=True)
                 for module in model.modules()
@@ -277,23 +295,3 @@ class Backbone(Passes):
             yield
         finally:
             self._select(before)
-
-
-def _checked(base: Base, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BaseInfo]:
-    model, tokenizer, info = load_base(base, dtype)
-    check_logit_path(model)
-    return model, tokenizer, info
-
-
-def copy_config(config: LoraConfig) -> LoraConfig:
-    """The options of a LoRA without the name of a base: PEFT puts in its own, and warns where the two differ."""
-    return LoraConfig(**{**config.to_dict(), "peft_type": None, "base_model_name_or_path": None})
-
-
-def _name_rows(names: list[str], module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Forward pre-hook: tell a LoRA layer which adapter each row takes."""
-    rows = args[0].shape[0]
-    copies, rest = divmod(rows, len(names))
-    if rest or not copies:
-        raise UserError(f"a mixed batch of {len(names)} roles met an input of {rows} rows")
-    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(copies)]}

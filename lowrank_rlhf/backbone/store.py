@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowrank_rlhf.backbone.guard import copy_config
 from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
-from lowrank_rlhf.backbone.roles import Backbone, copy_config
+from lowrank_rlhf.backbone.roles import Backbone
 from lowrank_rlhf.errors import UserError
 
 WEIGHTS, HEAD, PROBE = "adapter_model.safetensors", "head.safetensors", "probe.json"

@@ -13,16 +13,16 @@ from lowrank_rlhf.errors import UserError
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("logins") / "logins.jsonl"
     add(path, "ana", "correct horse", owner=True)
-    add(path, "Zoë B.", "sprache-ß")
+    add(path, "Zoë B", "sprache-ß")
     return path
 
 
 def test_names_passwords_and_owners(file):
     known = Logins.read(file)
-    assert known.check("ana", "correct horse") and known.check("Zoë B.", "sprache-ß")
+    assert known.check("ana", "correct horse") and known.check("Zoë B", "sprache-ß")
     assert not known.check("ana", "sprache-ß") and not known.check("ana", "") and not known.check("eve", "correct horse")
     assert not known.check("", "") and not known.check("ana", "x" * 10_000_000)
-    assert known.is_owner("ana") and not known.is_owner("Zoë B.") and not known.is_owner("eve")
+    assert known.is_owner("ana") and not known.is_owner("Zoë B") and not known.is_owner("eve")
 
 
 def test_the_file_is_private_and_holds_no_password(file):
@@ -87,7 +87,7 @@ def test_guessing_is_slowed_for_the_guesser_alone(file, monkeypatch):
         clock[0] += 1
     # The first of the five failures leaves the minute 60 s after it, that is 55 s from now
     assert known.wait_seconds("ana", "10.0.0.9") == 55
-    assert known.wait_seconds("ana", "10.0.0.1") == 0 and known.wait_seconds("Zoë B.", "10.0.0.9") == 0
+    assert known.wait_seconds("ana", "10.0.0.1") == 0 and known.wait_seconds("Zoë B", "10.0.0.9") == 0
     clock[0] += 56
     assert known.wait_seconds("ana", "10.0.0.9") == 0
     for number in range(50):  # many names from one address: 50 in a minute are the limit

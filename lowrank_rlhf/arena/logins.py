@@ -100,10 +100,10 @@ class Logins:
         login = self._known.get(name, NOBODY)
         right = len(password) <= MAX_PASSWORD and login.matches(password) and login is not NOBODY
         with self._lock:
-            for key in _keys(name, client):
-                if right:
-                    self._failures.pop(key, None)
-                else:
+            if right:
+                self._failures.pop((client, name), None)
+            else:
+                for key in _keys(name, client):
                     self._failures.setdefault(key, deque(maxlen=10 * MAX_FAILURES)).append(time.monotonic())
         return right
 

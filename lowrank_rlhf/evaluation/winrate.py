@@ -51,6 +51,7 @@ def length_controlled_win_rate(
     length_differences: Sequence[float],
     clusters: Sequence[Hashable],
     *,
+    weights: Sequence[float] | None = None,
     resamples: int = 500,
     seed: int = 0,
 ) -> tuple[float, float, float]:
@@ -66,6 +67,7 @@ def length_controlled_win_rate(
         preferences: for the policy against the other, one per comparison.
         length_differences: length of the policy's answer minus the other's.
         clusters: the prompt of each comparison; whole prompts are resampled, and the model fitted again.
+        weights: of each comparison; 1 where not given.
 
     Returns:
         rate, low, high.
@@ -76,8 +78,9 @@ def length_controlled_win_rate(
     keys = {key: i for i, key in enumerate(dict.fromkeys(clusters))}
     owner = np.array([keys[c] for c in clusters])
     draws = np.random.default_rng(seed).multinomial(len(keys), np.full(len(keys), 1 / len(keys)), size=resamples)
-    weights = np.concatenate([np.ones((1, len(wins))), draws[:, owner]])
-    rates = _sigmoid(fit_logistic(features, wins, weights)[:, 0])
+    times = np.concatenate([np.ones((1, len(wins))), draws[:, owner]])
+    times *= np.ones(len(wins)) if weights is None else np.asarray(weights, dtype=np.float64)
+    rates = _sigmoid(fit_logistic(features, wins, times)[:, 0])
     low, high = np.percentile(rates[1:], [2.5, 97.5])
     return float(rates[0]), float(low), float(high)
 

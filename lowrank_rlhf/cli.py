@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lowrank_rlhf import __version__
+from lowrank_rlhf.arena.options import add_app_arguments, options
 from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_score_arguments(verbs.add_parser("score", help=summary, description=summary))
     summary = "a run's role for plain transformers and PEFT: an adapter, or a merged 16-bit model"
     add_export_arguments(verbs.add_parser("export", help=summary, description=summary))
+    summary = "the app: chat with checkpoints side by side, vote blind, see runs; on this machine only by default"
+    add_app_arguments(verbs.add_parser("compare", help=summary, description=summary))
     args = parse(parser, argv)
     actions = {
         "pipeline": lambda: _pipeline(args),
@@ -59,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": lambda: _evaluate(args),
         "score": lambda: _score(args),
         "export": lambda: _export(args),
+        "compare": lambda: _compare(args),
     }
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
@@ -241,6 +245,14 @@ def _export(args: argparse.Namespace) -> int:
     into: Any = args.merge_into or "trained"
     export(Export(args.run, args.to, args.role, into if args.merge else None, args.overwrite))
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    chosen = options(args)  # before seconds of imports
+    quiet()
+    from lowrank_rlhf.arena.server import serve
+
+    return serve(chosen)
 
 
 def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None]) -> int:

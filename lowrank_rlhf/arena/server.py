@@ -1,0 +1,121 @@
+"""One server of two pages behind one guard: the workbench at / and the blind voting page at /vote."""
+
+import os
+import signal
+import socket
+from typing import Any
+
+# Before gradio is imported: it counts uses at import, and looks for newer versions when a page is made
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import RedirectResponse, Response
+
+from lowrank_rlhf.arena.arena import Arena
+from lowrank_rlhf.arena.guard import Guard
+from lowrank_rlhf.arena.logins import Logins
+from lowrank_rlhf.arena.options import Options
+from lowrank_rlhf.arena.pages import look
+from lowrank_rlhf.arena.pages.exports_tab import zipped_export
+from lowrank_rlhf.arena.pages.vote import voting_page
+from lowrank_rlhf.arena.pages.workbench import workbench
+from lowrank_rlhf.arena.signin import Sessions, signin_routes
+from lowrank_rlhf.errors import UserError
+
+GOODBYE_SECONDS = 3  # open connections are given before they are cut
+
+
+def serve(options: Options) -> int:
+    """Serve the app until SIGTERM or Ctrl-C; prints its address once it answers.
+
+    Raises:
+        UserError: an option is wrong, the address cannot be listened on, or the vote store cannot be opened.
+    """
+    options.check()
+    listener = _listen(options)
+    app = build(options)
+    port = listener.getsockname()[1]
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=GOODBYE_SECONDS, server_header=False, ws="none"
+    )
+    # uvicorn hands the signal on after it has shut down; what is left to do with it is nothing
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    _Server(config, f"http://{host}:{port}/", f"http://{host}:{port}/vote/").run(sockets=[listener])
+    print("stopped; every vote is in the store", flush=True)
+    return 0
+
+
+def build(options: Options) -> FastAPI:
+    """The whole app as an ASGI application: the guard, sign-in, both pages, and the download of exports."""
+    sessions = Sessions(Logins.read(options.logins)) if options.logins else None
+    arena = Arena(options)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if sessions:
+        app.include_router(signin_routes(sessions))
+
+    @app.get("/vote")
+    def slash() -> Response:
+        return RedirectResponse("/vote/", status_code=307)
+
+    @app.get("/downloads/{name}.zip")
+    def download(name: str) -> Response:
+        return zipped_export(arena, name)
+
+    _mount(app, voting_page(arena), "/vote", sessions)
+    _mount(app, workbench(arena), "/", sessions)
+    app.add_middleware(Guard, sessions=sessions)
+    return app
+
+
+def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None) -> None:
+    gr.mount_gradio_app(
+        app,
+        page,
+        path,
+        auth_dependency=_annotator if sessions else None,
+        run_history=False,
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
+        show_error=True,
+        max_file_size=0,
+        theme=look.THEME,
+        css=look.CSS,
+        head=look.HEAD + getattr(page, "own_head", ""),
+    )
+
+
+def _annotator(request: Request) -> str | None:
+    """Who is signed in, as the guard found."""
+    name: str | None = request.scope["annotator"]
+    return name
+
+
+def _listen(options: Options) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((options.host, options.port), family=family, backlog=256)
+    except OSError as error:
+        raise UserError(
+            f"--host, --port: cannot listen on {options.host}:{options.port} ({error.strerror or error}); "
+            "is another app running there? Choose another --port"
+        ) from error
+
+
+class _Server(uvicorn.Server):
+    """Tells its addresses when it answers."""
+
+    def __init__(self, config: uvicorn.Config, workbench: str, vote: str):
+        super().__init__(config)
+        self.addresses = workbench, vote
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"workbench    {self.addresses[0]}\nblind votes  {self.addresses[1]}", flush=True)

@@ -60,7 +60,7 @@ def generate(
     Raises:
         UserError: the model has no KV cache and no recurrent state that can be carried from token to token.
     """
-    choose = _greedy if greedy else partial(_sample, _warpers(rollout))
+    choose = _greedy if greedy else partial(_sample, sampling_warpers(rollout))
     completions: dict[int, list[int]] = {}
     groups = chunks(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), rollout.batch_size)
     with backbone.use(role) as model:
@@ -108,7 +108,7 @@ def _complete(
     width = ids.shape[1]
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     mask = pad(mask.long(), (0, max_new_tokens), value=1)
-    state_name, state = _state_name(model), DynamicCache(config=model.config)
+    state_name, state = state_argument(model), DynamicCache(config=model.config)
     completions: list[list[int]] = [[] for _ in ids]
     rows = list(range(len(ids)))  # which completion each row of the batch is
     for read in range(width, width + max_new_tokens):
@@ -138,7 +138,7 @@ def _complete(
     return completions
 
 
-def _state_name(model: PreTrainedModel) -> str:
+def state_argument(model: PreTrainedModel) -> str:
     """What the forward calls the state it carries from token to token: all but Mamba's kin say `past_key_values`."""
     arguments = inspect.signature(model.forward).parameters
     for name in ("past_key_values", "cache_params"):
@@ -147,7 +147,7 @@ def _state_name(model: PreTrainedModel) -> str:
     raise UserError(f"base.model: {type(model).__name__} carries no KV cache that this version knows, to generate with")
 
 
-def _warpers(rollout: Rollout) -> list[LogitsProcessor]:
+def sampling_warpers(rollout: Rollout) -> list[LogitsProcessor]:
     """transformers' own, in its order; none where the setting is neutral."""
     warpers: list[LogitsProcessor] = []
     if rollout.temperature != 1:

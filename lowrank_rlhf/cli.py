@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lowrank_rlhf import __version__
 from lowrank_rlhf.arena.options import add_app_arguments, options
+from lowrank_rlhf.arena.votes.verb import add_votes_arguments, votes
 from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_export_arguments(verbs.add_parser("export", help=summary, description=summary))
     summary = "the app: chat with checkpoints side by side, vote blind, see runs; on this machine only by default"
     add_app_arguments(verbs.add_parser("compare", help=summary, description=summary))
+    summary = "votes out as training data, in from other files, and what they say: a leaderboard with intervals"
+    add_votes_arguments(verbs.add_parser("votes", help=summary, description=summary))
     args = parse(parser, argv)
     actions = {
         "pipeline": lambda: _pipeline(args),
@@ -62,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": lambda: _evaluate(args),
         "score": lambda: _score(args),
         "export": lambda: _export(args),
+        "votes": lambda: votes(args),
         "compare": lambda: _compare(args),
     }
     return run_safely(actions.get(args.verb, lambda: _stage(args)))

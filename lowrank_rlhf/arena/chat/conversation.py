@@ -1,0 +1,267 @@
+"""One to four columns that answer the same prompts side by side, turn after turn."""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from lowrank_rlhf.arena.chat.engine import Progress, Request
+from lowrank_rlhf.arena.votes.records import Answer, Comparison, Decoding, Message, Speaker
+from lowrank_rlhf.errors import UserError
+
+MAX_COLUMNS = 4
+BUSY = "an answer is still being written: stop it first, or wait for it"
+Scorer = Callable[[str, list[Message], str, str], float]
+
+
+class Voices(Protocol):
+    """What answers: the engine."""
+
+    def stream(self, requests: Sequence[Request], stop: Callable[[], bool]) -> Iterator[list[Progress]]: ...
+
+    def speaker(self, name: str) -> Speaker: ...
+
+
+@dataclass
+class Column:
+    """Who answers on one side, how, and the turns so far (user and assistant by turns, no system prompt)."""
+
+    speaker: str = ""
+    decoding: Decoding = field(default_factory=Decoding)
+    messages: list[Message] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The latest turn: what every column was asked and what came; one entry per column, in their order."""
+
+    requests: tuple[Request, ...]
+    answers: tuple[Progress, ...]
+    speakers: tuple[Speaker, ...]
+
+
+class Conversation:
+    """Columns, their turns, and what the latest turn measured; nothing in it refuses to be copied or pickled.
+
+    A turn is kept once it has ended or was stopped with some text; an error, a stop before any text and an iterator
+    closed early leave the conversation as it was.
+
+    Attributes:
+        columns: in the order in which they are shown.
+        order: of each shown column, the place of its settings: shuffled in a blind conversation.
+        blind: whether the names are hidden until the vote.
+        revealed: whether they have been shown since.
+        latest: the last turn, None before the first and after `undo`, `clear` and `adopt`.
+        scores: of the latest turn's answers, in the columns' order; () where no reward model scored them.
+        busy: from `begin` until the answers are there.
+    """
+
+    def __init__(self) -> None:
+        self.columns: list[Column] = [Column()]
+        self.order: list[int] = [0]
+        self.blind = self.revealed = False
+        self.latest: Turn | None = None
+        self.scores: tuple[float, ...] = ()
+        self.scored_by: str | None = None
+        self.busy = False
+        self._stopping = False
+        self._attempt, self._shown = 0, 0.0
+        self._comparison: Comparison | None = None
+
+    def settle(self, settings: Sequence[tuple[str, Decoding]], *, blind: bool = False, seed: int | None = None) -> None:
+        """Say who answers next and how.
+
+        A column's turns stay with its settings. A blind conversation is shuffled when it starts; it starts anew once
+        its names were revealed, and with another number of columns.
+
+        Args:
+            settings: speaker and decoding of each column, 1 to 4.
+            seed: of the shuffle, for tests.
+
+        Raises:
+            UserError: none or too many columns, or answers are being written.
+        """
+        self._idle()
+        if not 1 <= len(settings) <= MAX_COLUMNS:
+            raise UserError(f"a conversation has 1 to {MAX_COLUMNS} columns, this has {len(settings)}")
+        if blind != self.blind or (blind and (self.revealed or len(settings) != len(self.columns))):
+            self.clear()
+        if blind and not self.turns:
+            self.order = random.Random(seed).sample(range(len(settings)), len(settings))
+            self.columns = [Column() for _ in settings]
+        self.blind = blind
+        kept = [
+            (place, column) for place, column in zip(self.order, self.columns, strict=True) if place < len(settings)
+        ]
+        kept += [(place, Column()) for place in range(len(kept), len(settings))]
+        if len(kept) != len(self.columns):
+            self._forget()
+        self.order = [place for place, _ in kept]
+        self.columns = [column for _, column in kept]
+        for place, column in kept:
+            column.speaker, column.decoding = settings[place]
+
+    @property
+    def hidden(self) -> bool:
+        """Whether names and scores are not to be shown now."""
+        return self.blind and not self.revealed
+
+    def reveal(self) -> None:
+        """Show who answered; the next `settle` starts a new conversation if it is to be blind."""
+        self.revealed = True
+
+    @property
+    def turns(self) -> int:
+        """Of the column that has most; those added later have fewer."""
+        return max(len(column.messages) // 2 for column in self.columns)
+
+    def begin(self) -> None:
+        """Claim the conversation for one `say` or `regenerate`, so that a stop asked while it waits is heard.
+
+        Raises:
+            UserError: it is claimed already.
+        """
+        self._idle()
+        self.busy, self._stopping = True, False
+
+    def stop(self) -> None:
+        """End the answers that are being written, of this conversation only; what there is of them is kept."""
+        self._stopping = self.busy
+
+    def say(self, prompt: str, engine: Voices) -> Iterator[list[Progress]]:
+        """All columns answer `prompt` at once.
+
+        Yields:
+            the answers so far, one per column, whenever they have grown.
+
+        Raises:
+            UserError: an empty prompt, or what the engine refuses; the conversation stays as it was.
+        """
+        text = prompt.encode("utf-8", "replace").decode()  # half of a surrogate pair can be neither sent nor stored
+        if not text.strip():
+            self.busy = False
+            raise UserError("the prompt is empty: write what they are to answer")
+        yield from self._ask([[*column.messages, _said("user", text)] for column in self.columns], engine, attempt=0)
+
+    def regenerate(self, engine: Voices) -> Iterator[list[Progress]]:
+        """Answer the latest prompt again, with each seed one higher than the last time.
+
+        Raises:
+            UserError: there is no turn yet, or what the engine refuses; the conversation stays as it was.
+        """
+        asked = [column.messages[:-1] for column in self.columns]
+        if not all(asked):
+            self.busy = False
+            raise UserError("there is nothing to answer again in every column: send a prompt first")
+        yield from self._ask(asked, engine, attempt=self._attempt + 1)
+
+    def undo(self) -> str:
+        """Take the latest turn back from every column and return its prompt, "" where there is none."""
+        self._idle()
+        prompts = [column.messages[-2]["content"] for column in self.columns if column.messages]
+        for column in self.columns:
+            del column.messages[-2:]
+        self._forget()
+        return prompts[0] if prompts else ""
+
+    def clear(self) -> None:
+        """Forget all turns; who answers stays."""
+        self._idle()
+        for column in self.columns:
+            column.messages = []
+        self.revealed = False
+        self._forget()
+
+    def adopt(self, index: int) -> None:
+        """Go on in all columns from the turns of one, so that they answer the same prompt next."""
+        self._idle()
+        for column in self.columns:
+            column.messages = list(self.columns[index].messages)
+        self._forget()
+
+    def score(self, scored_by: str, scorer: Scorer) -> None:
+        """Have a reward model score the latest answers.
+
+        Args:
+            scored_by: the name of its run.
+            scorer: (run, turns, answer, system prompt) → a score; the engine's `score`.
+
+        Raises:
+            UserError: what the scorer refuses; the scores there were stay.
+        """
+        if self.latest is not None:
+            self.scores = tuple(
+                scorer(scored_by, request.messages, answer.text, request.decoding.system)
+                for request, answer in zip(self.latest.requests, self.latest.answers, strict=True)
+            )
+            self.scored_by, self._comparison = scored_by, None
+
+    def comparison(self, annotator: str) -> Comparison:
+        """The latest turn as the record to vote on; the same one until the turn, its scores or the annotator change.
+
+        Raises:
+            UserError: no turn yet, or its answers are still being written.
+        """
+        self._idle()
+        if self.latest is None:
+            raise UserError("there is nothing to vote on yet: send a prompt first")
+        if self._comparison is None or self._comparison.annotator != annotator:
+            turn = self.latest
+            beside = tuple(speaker.name for speaker in turn.speakers)
+            scores = self.scores or (None,) * len(beside)
+            answers = tuple(map(_answer, turn.requests, turn.answers, turn.speakers, scores))
+            answers = tuple(replace(answer, scored_by=self.scored_by, beside=beside) for answer in answers)
+            self._comparison = Comparison(answers, annotator, self.hidden)
+        return self._comparison
+
+    def since_shown(self) -> int:
+        """Milliseconds since the latest answers were complete."""
+        return round((time.monotonic() - self._shown) * 1000)
+
+    def _ask(self, asked: list[list[Message]], engine: Voices, attempt: int) -> Iterator[list[Progress]]:
+        requests = tuple(
+            Request(column.speaker, messages, replace(column.decoding, seed=column.decoding.seed + attempt))
+            for column, messages in zip(self.columns, asked, strict=True)
+        )
+        self.busy = True
+        answers: list[Progress] = []
+        try:
+            for answers in engine.stream(requests, lambda: self._stopping):
+                yield answers
+            if not (self._stopping and not any(answer.text for answer in answers)):
+                speakers = tuple(engine.speaker(request.speaker) for request in requests)
+                self._keep(Turn(requests, tuple(answers), speakers), attempt)
+        finally:
+            self.busy = self._stopping = False
+
+    def _keep(self, turn: Turn, attempt: int) -> None:
+        for column, request, answer in zip(self.columns, turn.requests, turn.answers, strict=True):
+            column.messages = [*request.messages, _said("assistant", answer.text)]
+        self._forget()
+        self.latest, self._attempt, self._shown = turn, attempt, time.monotonic()
+
+    def _forget(self) -> None:
+        self.latest, self._comparison, self.scores, self.scored_by, self._attempt = None, None, (), None, 0
+
+    def _idle(self) -> None:
+        if self.busy:
+            raise UserError(BUSY)
+
+
+def _said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _answer(request: Request, progress: Progress, speaker: Speaker, score: float | None) -> Answer:
+    return Answer(
+        speaker=speaker,
+        decoding=request.decoding,
+        prompt=tuple(request.messages),
+        text=progress.text,
+        tokens=progress.tokens,
+        ended=progress.ended,
+        milliseconds=progress.milliseconds,
+        first_token_milliseconds=progress.first_token_milliseconds,
+        score=score,
+    )

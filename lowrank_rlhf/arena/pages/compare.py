@@ -1,0 +1,207 @@
+"""The compare tab: up to four columns answer one prompt at once, turn after turn, and a vote on what they said."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from lowrank_rlhf.arena.arena import Arena
+from lowrank_rlhf.arena.chat.conversation import MAX_COLUMNS, Conversation
+from lowrank_rlhf.arena.chat.engine import Progress
+from lowrank_rlhf.arena.pages import compare_view as view
+from lowrank_rlhf.arena.pages import sides
+from lowrank_rlhf.arena.pages.compare_vote import Ballot
+from lowrank_rlhf.arena.pages.compare_who import Who
+from lowrank_rlhf.errors import UserError
+
+MODEL = "model"  # the concurrency_id of every event that uses the base
+PAUSE_SECONDS = 0.08  # between two updates of a page while an answer grows
+
+Updates = dict[Any, Any]  # component → its new value, as gradio takes them
+
+
+def compare_tab(arena: Arena) -> None:
+    """Lay the tab out in the surrounding Blocks and connect it."""
+    Compare(arena)
+
+
+class Compare:
+    """The tab's components; the methods below them are its events, each from a session's conversation to updates."""
+
+    def __init__(self, arena: Arena):
+        self.arena = arena
+        self.conversation = gr.State(Conversation())
+        self.who = Who(arena)
+        with gr.Row(elem_classes="sides", equal_height=True):
+            self.columns, self.pasts, self.lives = zip(*map(_side, range(MAX_COLUMNS)), strict=True)
+        self.note = sides.text_box(elem_id="compare-note")
+        self.ballot = Ballot(arena)
+        self.prompt = gr.Textbox(
+            label="Prompt",
+            show_label=False,
+            placeholder="Ask all of them. Enter sends, Shift+Enter starts a new line.",
+            lines=1,
+            max_lines=12,
+            autofocus=True,
+            elem_id="compare-prompt",
+        )
+        with gr.Row(elem_classes="buttons"):
+            self.send = gr.Button("Send", variant="primary", elem_id="compare-send", min_width=100)
+            self.halt = gr.Button("Stop", variant="stop", elem_id="compare-stop", min_width=80, interactive=False)
+            self.again = gr.Button("Regenerate", elem_id="compare-regenerate", min_width=110)
+            self.back = gr.Button("Undo", elem_id="compare-undo", min_width=80)
+            self.anew = gr.Button("Clear", elem_id="compare-clear", min_width=80)
+        self._wire()
+
+    def _wire(self) -> None:
+        state, who = self.conversation, self.who
+        shown = [*self.columns, *self.pasts, *self.lives, self.note, self.ballot.group, *self.ballot.shown]
+        buttons = [self.send, self.halt, self.again, self.back, self.anew, who.count, who.blind]
+        everything = [*shown, *buttons, self.prompt]
+        model = {
+            "concurrency_id": MODEL,
+            "concurrency_limit": 1,
+            "api_visibility": "private",
+            "show_progress": "hidden",
+        }
+        store = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        for triggers, begin, answer in (
+            ([self.send.click, self.prompt.submit], self.begin, self.say),
+            ([self.again.click], self.begin_again, self.regenerate),
+        ):
+            begun = gr.on(triggers, begin, [state, self.prompt, *who.settings], everything, **store)
+            answered = begun.then(answer, [state, self.prompt, who.reward], everything, **model)
+            answered.then(self.finish, [state], everything, **store)
+        self.halt.click(self.stop, [state], None, **store)
+        self.back.click(self.undo, [state], everything, **store)
+        self.anew.click(self.clear, [state], everything, **store)
+        gr.on([who.count.change, who.blind.change], self.settle, [state, *who.settings], everything, **store)
+        who.wire(self.note, store)
+        self.ballot.wire(self, everything, store)
+
+    # Events
+
+    def begin(self, conversation: Conversation, prompt: str, *settings: Any) -> Updates:
+        """Claim the conversation; `say` follows, and does nothing where this failed."""
+        if not prompt.strip():
+            return self.say_problem("The prompt is empty: write what they are to answer.")
+        return self._begin(lambda: conversation.settle(*self.who.read(settings)), conversation)
+
+    def begin_again(self, conversation: Conversation, _: str, *settings: Any) -> Updates:
+        """Like `begin`; a conversation whose names were revealed goes on with them."""
+        if not conversation.turns:
+            return self.say_problem("There is nothing to answer again yet: send a prompt first.")
+        keep = conversation.revealed or len(self.who.read(settings)[0]) != len(conversation.columns)
+        return self._begin(lambda: None if keep else conversation.settle(*self.who.read(settings)), conversation)
+
+    def say(self, conversation: Conversation, prompt: str, reward: str | None) -> Iterator[Updates]:
+        yield from self._answer(conversation, lambda: conversation.say(prompt, self.arena.engine), reward, prompt)
+
+    def regenerate(self, conversation: Conversation, _: str, reward: str | None) -> Iterator[Updates]:
+        yield from self._answer(conversation, lambda: conversation.regenerate(self.arena.engine), reward)
+
+    def finish(self, conversation: Conversation) -> Updates:
+        """Give the buttons back, also after an answer that failed."""
+        return self._buttons(conversation.busy) | self.ballot.open(conversation)
+
+    def stop(self, conversation: Conversation) -> None:
+        conversation.stop()
+
+    def undo(self, conversation: Conversation) -> Updates:
+        return self._change(conversation, lambda: {self.prompt: conversation.undo() or gr.skip()})
+
+    def clear(self, conversation: Conversation) -> Updates:
+        return self._change(conversation, lambda: conversation.clear())
+
+    def settle(self, conversation: Conversation, *settings: Any) -> Updates:
+        return self._change(conversation, lambda: conversation.settle(*self.who.read(settings)))
+
+    def go_on_from(self, conversation: Conversation, column: int) -> Updates:
+        return self._change(conversation, lambda: conversation.adopt(column))
+
+    # What they show
+
+    def show(self, conversation: Conversation) -> Updates:
+        """All columns as they are."""
+        updates: Updates = {}
+        for at, (column, past, live) in enumerate(zip(self.columns, self.pasts, self.lives, strict=True)):
+            there = at < len(conversation.columns)
+            updates[column] = gr.update(visible=there)
+            updates[past] = view.past(conversation, at) if there else ""
+            updates[live] = view.live(conversation, at) if there else ""
+        return updates
+
+    def say_problem(self, text: str) -> Updates:
+        return {self.note: sides.note(text, problem=True)}
+
+    def _begin(self, prepare: Callable[[], None], conversation: Conversation) -> Updates:
+        try:
+            prepare()
+            conversation.begin()
+        except UserError as error:
+            return self.say_problem(str(error))
+        return self.show(conversation) | self._buttons(True) | self.ballot.close() | {self.note: ""}
+
+    def _answer(
+        self,
+        conversation: Conversation,
+        ask: Callable[[], Iterator[list[Progress]]],
+        reward: str | None,
+        prompt: str | None = None,
+    ) -> Iterator[Updates]:
+        if not conversation.busy:  # its begin failed
+            yield {self.note: gr.skip()}
+            return
+        lives = self.lives[: len(conversation.columns)]
+        yield {live: view.waiting() for live in lives}
+        begun, shown = False, 0.0
+        try:
+            for answers in ask():
+                updates: Updates = {}
+                if not begun and prompt is not None:
+                    updates = {past: view.past(conversation, at, prompt) for at, past in self._pasts(conversation)}
+                    updates[self.prompt] = ""
+                if not begun or time.monotonic() - shown >= PAUSE_SECONDS:
+                    begun, shown = True, time.monotonic()
+                    lively = zip(lives, answers, strict=True)
+                    yield updates | {live: view.live(conversation, at, a) for at, (live, a) in enumerate(lively)}
+            problem = self._score(conversation, reward)
+        except UserError as error:
+            problem = self.say_problem(str(error)) | ({self.prompt: prompt} if prompt and begun else {})
+        yield self.show(conversation) | problem
+
+    def _score(self, conversation: Conversation, reward: str | None) -> Updates:
+        """Score the latest answers; a reward model that cannot is a note, not a failure of the turn."""
+        if not reward or conversation.latest is None:
+            return {}
+        try:
+            conversation.score(reward, self.arena.engine.score)
+        except UserError as error:
+            return self.say_problem(f"The answers are not scored: {error}")
+        return {}
+
+    def _change(self, conversation: Conversation, change: Callable[[], Updates | None]) -> Updates:
+        try:
+            updates = change() or {}
+        except UserError as error:
+            return self.say_problem(str(error))
+        return self.show(conversation) | self.ballot.open(conversation) | {self.note: ""} | updates
+
+    def _pasts(self, conversation: Conversation) -> Iterator[tuple[int, gr.HTML]]:
+        return enumerate(self.pasts[: len(conversation.columns)])
+
+    def _buttons(self, busy: bool) -> Updates:
+        idle = [self.send, self.again, self.back, self.anew, self.who.count, self.who.blind]
+        return {button: gr.update(interactive=not busy) for button in idle} | {self.halt: gr.update(interactive=busy)}
+
+
+def _side(at: int) -> tuple[gr.Column, gr.HTML, gr.HTML]:
+    """The frame of a column: its turns so far and, apart, the answer that grows, which alone is sent at every token."""
+    conversation = Conversation()
+    with gr.Column(
+        min_width=250, elem_classes="side side-column", visible=at < 2, elem_id=f"compare-{'abcd'[at]}"
+    ) as side:
+        past = sides.text_box(view.past(conversation, 0) if at == 0 else "")
+        live = sides.text_box(live=True)
+    return side, past, live

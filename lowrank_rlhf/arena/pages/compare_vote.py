@@ -1,0 +1,136 @@
+"""The vote under the compare tab's columns: thumbs for one answer, a choice of two, ranks of three and four."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from lowrank_rlhf.arena.arena import Arena
+from lowrank_rlhf.arena.chat.conversation import MAX_COLUMNS, Conversation
+from lowrank_rlhf.arena.pages import compare_view as view
+from lowrank_rlhf.arena.pages import sides
+from lowrank_rlhf.arena.votes.records import REASONS, STRENGTHS, Vote
+from lowrank_rlhf.errors import UserError
+
+if TYPE_CHECKING:
+    from lowrank_rlhf.arena.pages.compare import Compare
+
+CHOICES = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both bad"}
+THUMBS = {True: "👍 Good", False: "👎 Bad"}
+ALONE, PAIR = 1, 2
+
+
+class Ballot:
+    """The vote's components.
+
+    Attributes:
+        group: all of them, hidden until there is something to vote on.
+        shown: those whose visibility goes with the number of columns.
+    """
+
+    def __init__(self, arena: Arena):
+        self.arena = arena
+        with gr.Column(visible=False, elem_id="compare-vote", elem_classes="ballot") as self.group:
+            with gr.Row(visible=False, elem_classes="buttons") as self.pair:
+                self.choices = {c: gr.Button(t, min_width=110, elem_id=f"compare-{c}") for c, t in CHOICES.items()}
+            with gr.Row(visible=False, elem_classes="buttons") as self.alone:
+                self.thumbs = {up: gr.Button(text, min_width=110) for up, text in THUMBS.items()}
+            with gr.Row(visible=False, elem_classes="buttons") as self.ranking:
+                self.ranks = [
+                    gr.Radio(
+                        [1, 2, 3, 4], label=f"{view.LETTERS[at]}: rank", min_width=150, elem_id=f"compare-rank-{at}"
+                    )
+                    for at in range(MAX_COLUMNS)
+                ]
+                self.rank = gr.Button("Save the ranking", min_width=110, elem_id="compare-rank")
+            with gr.Accordion("How much better, why, and by whom", open=False):
+                with gr.Row():
+                    strengths = [(text, strength) for strength, text in STRENGTHS.items()]
+                    self.strength = gr.Radio(strengths, label="Strength (of A or B)", min_width=250)
+                    self.annotator = gr.Textbox(
+                        "me", label="Your name", visible=not arena.options.logins, min_width=160
+                    )
+                self.reasons = gr.CheckboxGroup(list(REASONS), label="Reasons")
+                self.comment = gr.Textbox(label="Comment", max_lines=4)
+            with gr.Row(elem_classes="buttons", visible=False) as self.adopting:
+                self.adopt = [
+                    gr.Button(
+                        f"Go on from {letter}", size="sm", min_width=110, elem_id=f"compare-adopt-{letter.lower()}"
+                    )
+                    for letter in view.LETTERS
+                ]
+        self.shown = [self.pair, self.alone, self.ranking, self.adopting, *self.ranks, *self.adopt, *self._details]
+
+    @property
+    def _details(self) -> list[Any]:
+        return [self.strength, self.reasons, self.comment]
+
+    def wire(self, page: "Compare", outputs: list[Any], event: dict[str, Any]) -> None:
+        """Connect the buttons; `page` shows the conversation."""
+        state, details = page.conversation, [self.annotator, *self._details]
+        for choice, button in self.choices.items():
+            button.click(self._voter(page, kind="pair", choice=choice), [state, *details], outputs, **event)
+        for up, button in self.thumbs.items():
+            button.click(self._voter(page, kind="thumb", up=up), [state, *details], outputs, **event)
+        self.rank.click(self._voter(page, kind="ranking"), [state, *details, *self.ranks], outputs, **event)
+        for at, button in enumerate(self.adopt):
+            button.click(lambda conversation, at=at: page.go_on_from(conversation, at), [state], outputs, **event)
+
+    def open(self, conversation: Conversation) -> dict[Any, Any]:
+        """What can be voted on now, with an empty ballot."""
+        count, there = len(conversation.columns), conversation.latest is not None and not conversation.busy
+        visible = {
+            self.group: there,
+            self.pair: count == PAIR,
+            self.alone: count == ALONE,
+            self.ranking: count > PAIR,
+            self.adopting: count > ALONE,
+        }
+        visible |= {box: at < count for boxes in (self.ranks, self.adopt) for at, box in enumerate(boxes)}
+        updates = {component: gr.update(visible=shown) for component, shown in visible.items()}
+        ranks = {
+            box: gr.update(visible=at < count, choices=list(range(1, count + 1)), value=None)
+            for at, box in enumerate(self.ranks)
+        }
+        return updates | ranks | {self.strength: None, self.reasons: [], self.comment: ""}
+
+    def close(self) -> dict[Any, Any]:
+        """Nothing can be voted on while answers are being written."""
+        return {self.group: gr.update(visible=False)}
+
+    def _voter(self, page: "Compare", **what: Any) -> Callable[..., dict[Any, Any]]:
+        def vote(
+            conversation: Conversation,
+            name: str,
+            strength: int | None,
+            reasons: list[str],
+            comment: str,
+            *ranks: int | None,
+            request: gr.Request = None,  # type: ignore[assignment]  # gradio fills it in
+        ) -> dict[Any, Any]:
+            who = (request.username if request else None) or name
+            details = {"reasons": tuple(reasons), "comment": comment}
+            if what.get("choice") in ("a", "b"):
+                details["strength"] = strength
+            try:
+                self._save(conversation, who, ranks, what | details)
+            except UserError as error:
+                return page.say_problem(str(error))
+            conversation.reveal()
+            thanks = f"Saved as {who}'s vote: {view.revealed(conversation)}."
+            return page.show(conversation) | {page.note: sides.note(thanks)}
+
+        return vote
+
+    def _save(self, conversation: Conversation, who: str, ranks: tuple[int | None, ...], what: dict[str, Any]) -> None:
+        comparison = conversation.comparison(who.strip())
+        if what["kind"] == "ranking":
+            given = ranks[: len(comparison.answers)]
+            if None in given:
+                raise UserError("Give every answer a rank; 1 is the best, equal ranks are ties.")
+            what |= {"ranking": given}
+        if what["kind"] == "thumb":
+            what |= {"answer": comparison.answers[0].id}
+        self.arena.store.save_comparison(comparison)
+        vote = Vote(comparison.id, comparison.annotator, milliseconds=conversation.since_shown(), **what)
+        self.arena.store.save_vote(vote)

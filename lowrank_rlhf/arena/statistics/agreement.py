@@ -8,7 +8,8 @@ from itertools import combinations
 import numpy as np
 
 from lowrank_rlhf.arena.statistics.duels import Duel
-from lowrank_rlhf.evaluation.intervals import Interval, bootstrap_mean, bootstrap_statistic
+from lowrank_rlhf.arena.statistics.shares import share
+from lowrank_rlhf.evaluation.intervals import Interval, bootstrap_statistic
 
 
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:
@@ -149,7 +150,7 @@ def agreement(duels: Sequence[Duel]) -> Agreement:
         len(shared),
         _alpha(shared, prompts),
         len(again),
-        _share([a.label == b.label for a, b in again], [b.prompt for _, b in again]),
+        share([a.label == b.label for a, b in again], [b.prompt for _, b in again]),
     )
 
 
@@ -179,10 +180,10 @@ def _annotator(
         name,
         len({duel.comparison for duel in duels if duel.annotator == name}),
         len(own),
-        _share([a.label == b.label for a, b in own], [b.prompt for _, b in own]),
+        share([a.label == b.label for a, b in own], [b.prompt for _, b in own]),
         cohen_kappa([a.label for a, _ in own], [b.label for _, b in own]),
         sum(a.outcome == b.outcome and a.label != b.label for a, b in decided),
-        _share(right, [prompts[item] for item in items]),
+        share(right, [prompts[item] for item in items]),
         len(items),
     )
 
@@ -207,7 +208,3 @@ def _alpha(shared: Mapping[str, Mapping[str, str]], prompts: Mapping[str | None,
         for label in ("first", "second", "neither")
     ]
     return bootstrap_statistic(alpha_of_counts, columns, [prompts[item] for item in shared])
-
-
-def _share(right: Sequence[bool], prompts: Sequence[str]) -> Interval | None:
-    return bootstrap_mean(np.array(right, dtype=np.float64), prompts) if right else None

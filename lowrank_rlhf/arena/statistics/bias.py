@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank_rlhf.arena.statistics.duels import Duel
+from lowrank_rlhf.arena.statistics.shares import share
 from lowrank_rlhf.evaluation.accuracy import Accuracy, accuracy, rightness
 from lowrank_rlhf.evaluation.intervals import Interval, bootstrap_mean
 from lowrank_rlhf.evaluation.winrate import length_controlled_win_rate
@@ -54,25 +55,24 @@ def side_bias(duels: Sequence[Duel]) -> SideBias | None:
     None where no vote is left.
     """
     counted = [d for d in duels if d.blind and not d.ranking and d.repeat_of is None and d.outcome != 0.5]
-    if not counted:
-        return None
     wins = [d.outcome for d in counted]
-    share = bootstrap_mean(wins, [d.prompt for d in counted])
-    return SideBias(len(counted), share, binomial_test(int(sum(wins)), len(wins)))
+    found = share(wins, [d.prompt for d in counted])
+    return SideBias(len(counted), found, binomial_test(int(sum(wins)), len(wins))) if found else None
 
 
 def longer_wins(duels: Sequence[Duel]) -> Interval | None:
     """How often the longer of two answers is preferred, by prompt; ties and answers of equal length are left out."""
     counted = [d for d in duels if d.outcome != 0.5 and d.left_tokens != d.right_tokens]
-    if not counted:
-        return None
     longer = [float((d.outcome == 1) == (d.left_tokens > d.right_tokens)) for d in counted]
-    return bootstrap_mean(longer, [d.prompt for d in counted], weights=[d.weight for d in counted])
+    return share(longer, [d.prompt for d in counted], [d.weight for d in counted])
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of comparisons won, ties half: raw, and as fitted for answers of equal length (None: lengths unknown)."""
+    """Share of comparisons won, ties half: raw, and as fitted for answers of equal length.
+
+    The latter is None where all lengths are equal or unknown, or one side always won: nothing can be fitted then.
+    """
 
     raw: Interval
     length_controlled: Interval | None
@@ -85,16 +85,15 @@ def win_rate(duels: Sequence[Duel], player: str) -> WinRate | None:
     far as the opponents are the same: on a leaderboard read it beside the raw rate, not beside another player's.
     """
     rows = [d for d in duels if (d.left == player) != (d.right == player)]
-    if not rows:
-        return None
     won = [d.outcome if d.left == player else 1 - d.outcome for d in rows]
     gaps = [float((d.left_tokens - d.right_tokens) * (1 if d.left == player else -1)) for d in rows]
     prompts, weights = [d.prompt for d in rows], [d.weight for d in rows]
-    known = any(gaps)
-    controlled = (
-        length_controlled_win_rate(won, gaps, prompts, weights=weights, resamples=RESAMPLES) if known else None
-    )
-    return WinRate(bootstrap_mean(won, prompts, weights=weights), controlled)
+    raw = share(won, prompts, weights)
+    if raw is None:
+        return None
+    if not any(gaps) or raw[0] in (0.0, 1.0):
+        return WinRate(raw, None)
+    return WinRate(raw, length_controlled_win_rate(won, gaps, prompts, weights=weights, resamples=RESAMPLES))
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def elo(theta: float) -> float:
 def few_prompts_factor(prompts: NDArray[np.intp]) -> Floats:
     """How much wider than the bootstrap's an interval from few prompts has to be: t/z·√(n/(n − 1)).
 
-    A percentile interval leaves out what the normal interval with an unknown variance accounts for; Hesterberg 2015,
-    doi:10.1080/00031305.2015.1089789, section 3.3 expands it. t by its expansion in 1/(n − 1) (Fisher and Cornish 1960).
+    A percentile interval leaves out what the normal interval with an unknown variance accounts for, so it is expanded;
+    Hesterberg 2015, doi:10.1080/00031305.2015.1089789. t by its expansion in 1/(n − 1); Abramowitz and Stegun 26.7.5.
 
     >>> few_prompts_factor(np.array([2000, 30, 10])).round(2).tolist()
     [1.0, 1.06, 1.21]

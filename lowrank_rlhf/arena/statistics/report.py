@@ -84,7 +84,7 @@ class Leaderboard:
 
     Attributes:
         wins, games: of the row's player against the column's, in the order of `standings`; a tie is a game of no win.
-        chances: fitted probability that the row's player is preferred to the column's; None where nothing connects them.
+        chances: fitted probability that the row's is preferred to the column's; None where nothing connects them.
         longer_wins: how often the longer answer is preferred.
         verdicts: whether PPO on each reward model is worth it, in words.
         notes: what to know before believing the figures.
@@ -123,11 +123,12 @@ def leaderboard(source: HasJudged | Iterable[Judged], *, blind_only: bool = Fals
     counts, side = _counts(judged, every), side_bias(every)
     standings = _standings(found, board, thumbs(judged))
     players = range(len(found.players))
+    games = found.wins + found.wins.T + found.ties
     return Leaderboard(
         counts=counts,
         standings=standings,
         wins=tuple(tuple(float(found.wins[i, j]) for j in players) for i in players),
-        games=tuple(tuple(float(found.wins[i, j] + found.wins[j, i] + found.ties[i, j]) for j in players) for i in players),
+        games=tuple(tuple(float(games[i, j]) for j in players) for i in players),
         chances=tuple(tuple(None if i == j else found.win_probability(i, j) for j in players) for i in players),
         side=side,
         longer_wins=longer_wins(board),
@@ -165,9 +166,7 @@ def _plain(value: Any, name: str = "") -> Any:
     return value
 
 
-def _standings(
-    found: Ranking, board: Sequence[Duel], thumbed: dict[str, tuple[int, int]]
-) -> tuple[Standing, ...]:
+def _standings(found: Ranking, board: Sequence[Duel], thumbed: dict[str, tuple[int, int]]) -> tuple[Standing, ...]:
     standings = []
     for i, player in enumerate(found.players):
         own = [duel for duel in board if (duel.left == player) != (duel.right == player)]

@@ -72,10 +72,10 @@ def board_table(found: "Leaderboard") -> Table:
         rates = one.win_rate
         rows.append(
             [
-                f"{one.rank}",
+                rank(one),
                 one.player,
                 tied_with(one),
-                rating_interval(one.rating),
+                rating_interval(one.rating) if one.votes else NOTHING,
                 f"{one.votes}",
                 percent_interval(rates.raw) if rates else NOTHING,
                 percent_interval(rates.length_controlled) if rates else NOTHING,
@@ -83,6 +83,10 @@ def board_table(found: "Leaderboard") -> Table:
             ]
         )
     return Table("Leaderboard", header, rows, 3)
+
+
+def rank(one: "Standing") -> str:
+    return f"{one.rank}" if one.votes else NOTHING
 
 
 def tied_with(one: "Standing") -> str:
@@ -209,9 +213,9 @@ def notes(counts: "Counts", standings: Sequence["Standing"]) -> Iterator[str]:
     if counts.open_votes:
         yield f"{counts.open_votes} of {_many(counts.votes, 'vote')} were not blind: the names were on the screen."
     if counts.against_itself:
-        yield f"{_many(counts.against_itself, 'vote')} compared a model with itself and do not count on the board."
+        yield f"Not on the board: {_many(counts.against_itself, 'vote')} between two answers of one model."
     if counts.repeats:
-        yield f"{_many(counts.repeats, 'repeated vote')} only measure consistency and do not count on the board."
+        yield f"Not on the board: {_many(counts.repeats, 'repeat')}; they only measure consistency."
 
 
 def _many(count: int, one: str, several: str = "") -> str:

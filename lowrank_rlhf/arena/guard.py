@@ -26,8 +26,8 @@ SIGN_IN = ("/login", f"{VOTE}/login")
 # Inline and evaluated scripts are gradio's own way; nothing is loaded from, or sent to, another host.
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; "
-    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 HEADERS = {
     "content-security-policy": POLICY,
@@ -141,7 +141,9 @@ class Guard:
     def _check_session(self, scope: Scope, path: str, body: bytes) -> None:
         """A session hash belongs to who used it first; calls without one, whose state nobody owns, are refused."""
         name = scope["annotator"]
-        hashes: list[Any] = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True).get("session_hash", [])
+        hashes: list[Any] = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True).get(
+            "session_hash", []
+        )
         if path.startswith("/gradio_api/heartbeat/"):
             hashes.append(path.rpartition("/")[2])
         if WITH_SESSION.fullmatch(path):

@@ -12,16 +12,15 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 
 from lowrank_rlhf.arena.arena import Arena
+from lowrank_rlhf.arena.exporting import Exports
 from lowrank_rlhf.arena.guard import Guard
 from lowrank_rlhf.arena.logins import Logins
 from lowrank_rlhf.arena.options import Options
-from lowrank_rlhf.arena.pages import look
-from lowrank_rlhf.arena.pages.exports_tab import zipped_export
+from lowrank_rlhf.arena.pages import look, run_view, workbench
 from lowrank_rlhf.arena.pages.vote import voting_page
-from lowrank_rlhf.arena.pages.workbench import workbench
 from lowrank_rlhf.arena.signin import Sessions, signin_routes
 from lowrank_rlhf.errors import UserError
 
@@ -64,15 +63,20 @@ def build(options: Options) -> FastAPI:
 
     @app.get("/downloads/{name}.zip")
     def download(name: str) -> Response:
-        return zipped_export(arena, name)
+        try:
+            files = Exports(arena.store).zipped(name)
+        except UserError as error:
+            return PlainTextResponse(str(error), status_code=404)
+        disposition = {"content-disposition": f'attachment; filename="{name}.zip"'}
+        return Response(files, media_type="application/zip", headers=disposition)
 
     _mount(app, voting_page(arena), "/vote", sessions)
-    _mount(app, workbench(arena), "/", sessions)
+    _mount(app, workbench.workbench(arena), "/", sessions, css=workbench.CSS + run_view.CSS)
     app.add_middleware(Guard, sessions=sessions)
     return app
 
 
-def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None) -> None:
+def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None, css: str = "") -> None:
     gr.mount_gradio_app(
         app,
         page,
@@ -87,8 +91,8 @@ def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None) 
         show_error=True,
         max_file_size=0,
         theme=look.THEME,
-        css=look.CSS,
-        head=look.HEAD + getattr(page, "own_head", ""),
+        css=look.CSS + css,
+        head=look.HEAD,
     )
 
 

@@ -21,9 +21,11 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sign
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 :root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; margin: 12vh auto; max-width: 20rem;
 padding: 0 1rem }} h1 {{ font-size: 1.3rem }} label {{ display: block; margin: .8rem 0 }}
-input {{ font: inherit; width: 100%; box-sizing: border-box; padding: .5rem; border: 1px solid #8888; border-radius: 6px }}
+input {{ font: inherit; width: 100%; box-sizing: border-box; padding: .5rem; border-radius: 6px;
+border: 1px solid #8888 }}
 button {{ font: inherit; width: 100%; padding: .6rem; margin-top: .6rem; border: 0; border-radius: 6px; color: #fff;
-background: #4f46e5 }} .problem {{ color: #b91c1c }} @media (prefers-color-scheme: dark) {{ .problem {{ color: #fca5a5 }} }}
+background: #4f46e5 }} .problem {{ color: #b91c1c }}
+@media (prefers-color-scheme: dark) {{ .problem {{ color: #fca5a5 }} }}
 </style></head><body><h1>Sign in</h1>{problem}<form method="post">
 <label>Name <input name="username" autocomplete="username" required autofocus></label>
 <label>Password <input name="password" type="password" autocomplete="current-password" required></label>

@@ -45,7 +45,7 @@ def key(vote: Vote) -> tuple[str | None, ...]:
 
 def last_of_each(votes: Iterable[Vote]) -> tuple[Vote, ...]:
     """The votes that stand, in order: of each key the last one, unless it takes the one before back."""
-    last = {}
+    last: dict[tuple[str | None, ...], Vote] = {}
     for vote in votes:
         last.pop(key(vote), None)  # so that the order is that of the votes that stand
         last[key(vote)] = vote

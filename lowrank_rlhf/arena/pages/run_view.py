@@ -2,21 +2,25 @@
 
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from lowrank_rlhf.arena.chat.scan import Problem
 from lowrank_rlhf.arena.pages.charts import chart, number
 from lowrank_rlhf.arena.pages.sides import answer, markdown, plain
 from lowrank_rlhf.arena.trainings import Trained
 from lowrank_rlhf.arena.votes.records import Message
 
 SHOWN_RESULTS = 3  # of a run's final metrics, in the list
+TELLING = ("eval_accuracy", "objective/scores", "objective/kl", "eval_loss", "eval_rewards/margins", "eval_kl")  # first
 SHOWN_WARNINGS = 10  # the last ones
 
 CSS = """
 .runs table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums;
   color: var(--body-text-color); }
-.runs th, .runs td { text-align: start; padding: 7px 12px; border-bottom: 1px solid var(--border-color-primary);
-  vertical-align: top; }
+.runs table, .runs thead, .runs tbody, .runs tr { border: none; }
+.runs th, .runs td { text-align: start; padding: 7px 12px; vertical-align: top; border: none;
+  border-bottom: 1px solid var(--border-color-primary); }
 .runs th { font-size: var(--text-sm); font-weight: 600; color: var(--body-text-color-subdued); white-space: nowrap; }
 .runs td.name { font-weight: 600; overflow-wrap: anywhere; min-width: 6em; }
 .runs td.nowrap { white-space: nowrap; }
@@ -67,15 +71,24 @@ def runs_table(runs: list[Trained], folder: str) -> str:
     return f'<div class="runs scroll-x"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
+def problems(found: Sequence[Problem]) -> str:
+    """Run directories nobody of which can answer, and why."""
+    if not found:
+        return ""
+    lines = "".join(f"<li>{plain(str(problem.path))}: {plain(problem.reason)}</li>" for problem in found)
+    return f'<details class="note"><summary>{len(found)} not offered for comparison</summary><ul>{lines}</ul></details>'
+
+
 def overview(run: Trained) -> str:
     """What one run is, and what is wrong with it."""
     facts = [f"stage {run.stage}", f"{run.state}, last wrote {_ago(time.time() - run.updated)}"]
     base = run.info.get("base")
     if isinstance(base, dict) and base.get("model"):
         facts.append(f"base {base['model']} ({base.get('quantization', '')})")
-    if run.final:
-        facts.append(results(run.final, len(run.final)))
     notes = [f'<p class="muted">{plain(" · ".join(facts))}</p>']
+    if run.final:
+        everything = plain(results(run.final, len(run.final)))
+        notes.append(f'<details class="muted"><summary>All final metrics</summary>{everything}</details>')
     if run.state == "stopped":
         command = f"lowrank-rlhf {run.stage} --config {run.path / 'recipe.yaml'} --resume"
         notes.append(f'<div class="note">It has stopped or was killed. Go on with <code>{plain(command)}</code></div>')
@@ -124,12 +137,13 @@ def report(run: Trained) -> str:
 
 
 def results(final: dict[str, Any], most: int = SHOWN_RESULTS) -> str:
-    """Final metrics in a line.
+    """Final metrics in a line, the telling ones first.
 
     >>> results({"eval_loss_before": 1.40506, "eval_loss": 1.30277})
-    'eval_loss_before 1.41 · eval_loss 1.3'
+    'eval_loss 1.3 · eval_loss_before 1.41'
     """
-    figures = [f"{key} {number(value)}" for key, value in final.items() if isinstance(value, int | float)]
+    ordered = {key: final[key] for key in (*TELLING, *final) if key in final}
+    figures = [f"{key} {number(value)}" for key, value in ordered.items() if isinstance(value, int | float)]
     return " · ".join(figures[:most])
 
 

@@ -16,10 +16,10 @@ def runs_tab(arena: Arena) -> None:
     """The tab's components and events; call it inside a gr.Tab."""
     folder = arena.options.runs
 
-    with gr.Row(equal_height=True):
-        chosen = gr.Dropdown([], label="Run", scale=4, min_width=200)
-        refresh = gr.Button("Refresh", scale=1, min_width=100)
+    with gr.Row():
+        refresh = gr.Button("Refresh", size="sm", scale=0, min_width=120)
     table = gr.HTML()
+    chosen = gr.Dropdown([], label="Run", interactive=True)
     about = gr.HTML()
     with gr.Tabs():
         with gr.Tab("Curves"):
@@ -39,7 +39,8 @@ def runs_tab(arena: Arena) -> None:
         shown = _find(runs, name) or (runs[0] if runs else None)
         names = gr.Dropdown([run.name for run in runs], value=shown.name if shown else None)
         going_on = gr.Timer(active=any(run.state == "running" for run in runs))
-        return [names, run_view.runs_table(runs, str(folder)), going_on, *_details(shown)]
+        listed = run_view.runs_table(runs, str(folder)) + run_view.problems(arena.catalog.problems)
+        return [names, listed, going_on, *_details(shown)]
 
     def show(name: str | None) -> list[Any]:
         return _details(_find(read_runs(folder), name))

@@ -69,7 +69,7 @@ class Conversation:
         self._attempt, self._shown = 0, 0.0
         self._comparison: Comparison | None = None
 
-    def settle(self, settings: Sequence[tuple[str, Decoding]], *, blind: bool = False, seed: int | None = None) -> None:
+    def settle(self, settings: Sequence[tuple[str, Decoding]], blind: bool = False, *, seed: int | None = None) -> None:
         """Say who answers next and how.
 
         A column's turns stay with its settings. A blind conversation is shuffled when it starts; it starts anew once

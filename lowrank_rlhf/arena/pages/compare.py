@@ -35,7 +35,7 @@ class Compare:
         self.who = Who(arena)
         with gr.Row(elem_classes="sides", equal_height=True):
             self.columns, self.pasts, self.lives = zip(*map(_side, range(MAX_COLUMNS)), strict=True)
-        self.note = sides.text_box(elem_id="compare-note")
+        self.note = sides.text_box(elem_id="compare-note", elem_classes=["message-line"])
         self.ballot = Ballot(arena)
         self.prompt = gr.Textbox(
             label="Prompt",
@@ -47,11 +47,13 @@ class Compare:
             elem_id="compare-prompt",
         )
         with gr.Row(elem_classes="buttons"):
-            self.send = gr.Button("Send", variant="primary", elem_id="compare-send", min_width=100)
-            self.halt = gr.Button("Stop", variant="stop", elem_id="compare-stop", min_width=80, interactive=False)
-            self.again = gr.Button("Regenerate", elem_id="compare-regenerate", min_width=110)
-            self.back = gr.Button("Undo", elem_id="compare-undo", min_width=80)
-            self.anew = gr.Button("Clear", elem_id="compare-clear", min_width=80)
+            self.send = gr.Button("Send", variant="primary", elem_id="compare-send", size="md", min_width=100)
+            self.halt = gr.Button(
+                "Stop", variant="stop", elem_id="compare-stop", size="md", min_width=80, interactive=False
+            )
+            self.again = gr.Button("Regenerate", elem_id="compare-regenerate", size="md", min_width=110)
+            self.back = gr.Button("Undo", elem_id="compare-undo", size="md", min_width=80)
+            self.anew = gr.Button("Clear", elem_id="compare-clear", size="md", min_width=80)
         self._wire()
 
     def _wire(self) -> None:
@@ -200,7 +202,7 @@ def _side(at: int) -> tuple[gr.Column, gr.HTML, gr.HTML]:
     """The frame of a column: its turns so far and, apart, the answer that grows, which alone is sent at every token."""
     conversation = Conversation()
     with gr.Column(
-        min_width=250, elem_classes="side side-column", visible=at < 2, elem_id=f"compare-{'abcd'[at]}"
+        min_width=250, elem_classes="side side-column", visible=at < 2, elem_id=f"compare-side-{'abcd'[at]}"
     ) as side:
         past = sides.text_box(view.past(conversation, 0) if at == 0 else "")
         live = sides.text_box(live=True)

@@ -32,9 +32,11 @@ class Ballot:
         self.arena = arena
         with gr.Column(visible=False, elem_id="compare-vote", elem_classes="ballot") as self.group:
             with gr.Row(visible=False, elem_classes="buttons") as self.pair:
-                self.choices = {c: gr.Button(t, min_width=110, elem_id=f"compare-{c}") for c, t in CHOICES.items()}
+                self.choices = {
+                    c: gr.Button(t, size="md", min_width=110, elem_id=f"compare-{c}") for c, t in CHOICES.items()
+                }
             with gr.Row(visible=False, elem_classes="buttons") as self.alone:
-                self.thumbs = {up: gr.Button(text, min_width=110) for up, text in THUMBS.items()}
+                self.thumbs = {up: gr.Button(text, size="md", min_width=110) for up, text in THUMBS.items()}
             with gr.Row(visible=False, elem_classes="buttons") as self.ranking:
                 self.ranks = [
                     gr.Radio(
@@ -42,7 +44,7 @@ class Ballot:
                     )
                     for at in range(MAX_COLUMNS)
                 ]
-                self.rank = gr.Button("Save the ranking", min_width=110, elem_id="compare-rank")
+                self.rank = gr.Button("Save the ranking", size="md", min_width=110, elem_id="compare-rank")
             with gr.Accordion("How much better, why, and by whom", open=False):
                 with gr.Row():
                     strengths = [(text, strength) for strength, text in STRENGTHS.items()]

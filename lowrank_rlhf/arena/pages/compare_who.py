@@ -45,7 +45,7 @@ class Who:
                     min_width=160,
                     elem_id="compare-reward",
                 )
-                self.refresh = gr.Button("Refresh", min_width=90, elem_id="compare-refresh", scale=0)
+                self.refresh = gr.Button("Refresh", size="md", min_width=90, elem_id="compare-refresh", scale=0)
             self.settings += [self.count, self.blind]
             with gr.Row(elem_classes="sides"):
                 for at in range(MAX_COLUMNS):
@@ -63,6 +63,7 @@ class Who:
 
     def wire(self, note: gr.HTML, event: dict[str, Any]) -> None:
         """Look for new runs on load and on demand."""
+        self.note = note
         outputs = [note, self.reward, *self.speakers]
         gr.on(None, self.fill, None, outputs, **event)
         self.refresh.click(self.rescan, self.speakers, outputs, **event)
@@ -85,7 +86,7 @@ class Who:
 
     def _slot(self, at: int, names: list[str]) -> None:
         ordered = [*names[1:2], *names[:1], *names[2:]]  # the newest run beside the bare base
-        with gr.Column(min_width=250, visible=at < 2) as slot:
+        with gr.Column(min_width=250, visible=at < 2) as slot, gr.Group():
             speaker = gr.Dropdown(
                 names,
                 value=ordered[min(at, len(ordered) - 1)],

@@ -46,11 +46,16 @@ CSS = """
 .prompt .turn:last-child { margin-bottom: 0; }
 .side { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 12px 16px;
   background: var(--background-fill-primary); min-height: 96px; box-sizing: border-box; }
-.side > .label { display: flex; align-items: baseline; gap: 8px; margin-bottom: 8px; font-weight: 600;
+.side .label { display: flex; align-items: baseline; gap: 8px; margin-bottom: 8px; font-weight: 600;
   color: var(--body-text-color); }
-.side > .label .name { overflow-wrap: anywhere; }
-.side > .foot { margin-top: 10px; font-size: var(--text-sm); color: var(--body-text-color-subdued);
+.side .label .name { overflow-wrap: anywhere; }
+.side .foot { margin-top: 10px; font-size: var(--text-sm); color: var(--body-text-color-subdued);
   font-variant-numeric: tabular-nums; min-height: 1.4em; }
+.side .turn.assistant { margin-bottom: 0; }
+.side-column { gap: 4px; max-height: 70vh; overflow-y: auto; }
+.side-column > * { flex: 0 0 auto; }
+.flush .html-container { padding: 0; }
+.side-column .turn.user { margin-top: 4px; }
 .side.chosen { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
 .letter { display: inline-block; min-width: 1.5em; padding: 0 .3em; text-align: center; border-radius: 6px;
   background: var(--color-accent); color: white; font-weight: 700; line-height: 1.5; box-sizing: border-box; }
@@ -76,18 +81,22 @@ CSS = """
 .answer strong { font-weight: 700; }
 .answer em { font-style: italic; }
 .answer hr { border: none; border-top: 1px solid var(--border-color-primary); margin: 1em 0; }
-.answer.streaming > :last-child::after { content: "▍"; color: var(--color-accent);
-  animation: blink 1s steps(2) infinite; }
+.answer.streaming > p:last-child::after, .answer.streaming > ol:last-child > li:last-child::after,
+.answer.streaming > ul:last-child > li:last-child::after, .answer.streaming > pre:last-child > code::after {
+  content: "▍"; color: var(--color-accent); animation: blink 1s steps(2) infinite; }
 .answer.waiting, .muted { color: var(--body-text-color-subdued); }
 .answer.silent { font-style: italic; color: var(--body-text-color-subdued); }
 @keyframes blink { 50% { opacity: 0; } }
-@media (prefers-reduced-motion: reduce) { .answer.streaming > :last-child::after { animation: none; } }
+@media (prefers-reduced-motion: reduce) { .answer.streaming ::after { animation: none; } }
 .sides { align-items: stretch; gap: 12px; }
 .note { padding: 10px 14px; border-radius: 8px; border: 1px solid var(--border-color-primary); overflow-wrap: anywhere;
   background: var(--background-fill-secondary); color: var(--body-text-color); line-height: 1.5; }
 .note.problem { border-color: #d97706; background: #fef3c7; color: #451a03; }
 .dark .note.problem { border-color: #b45309; background: #3b2506; color: #fde68a; }
 .empty { padding: 32px 16px; text-align: center; color: var(--body-text-color-subdued); line-height: 1.6; }
+.message-line:not(:has(.note)) { display: none; }
+.buttons { gap: 8px; }
+.toolbar { align-items: end; }
 .scroll-x { overflow-x: auto; max-width: 100%; }
 kbd { font-family: var(--font-mono); font-size: .85em; padding: 0 .35em; border-radius: 4px;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }

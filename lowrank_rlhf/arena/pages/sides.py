@@ -9,7 +9,7 @@ page does translate the marker of gradio's own `gr.I18n` wherever a value has it
 
 from collections.abc import Sequence
 from html import escape
-from typing import Literal
+from typing import Any, Literal
 
 import gradio as gr
 from markdown_it import MarkdownIt
@@ -100,9 +100,10 @@ def empty(text: str) -> str:
     return f'<div class="empty">{plain(text)}</div>'
 
 
-def text_box(value: str = "", *, elem_id: str | None = None, live: bool = False, visible: bool = True) -> gr.HTML:
+def text_box(value: str = "", *, live: bool = False, **options: Any) -> gr.HTML:
     """A `gr.HTML` for what this module writes; a `live` one keeps its end in view while it grows."""
-    return gr.HTML(value, elem_id=elem_id, visible=visible, apply_default_css=False, js_on_load=None, autoscroll=live)
+    classes = ["flush", *options.pop("elem_classes", [])]
+    return gr.HTML(value, apply_default_css=False, js_on_load=None, autoscroll=live, elem_classes=classes, **options)
 
 
 def _turn(message: Message) -> str:

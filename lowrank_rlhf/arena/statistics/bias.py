@@ -160,6 +160,7 @@ def worth_ppo(found: RewardAgreement) -> str:
     """Whether PPO on this reward model is worth it, in words, from how well it agrees with people."""
     value, low, high = found.accuracy.model
     agrees = f"{found.reward} agrees with people on {value:.0%} [{low:.0%}, {high:.0%}] of {found.votes} decided pairs"
+    agrees += "" if found.blind else " (none of them blind: people may have seen the scores)"
     rule, gain = found.accuracy.better_rule, found.accuracy.gain
     by_length = (found.accuracy.longer_wins if rule == "longer-wins" else found.accuracy.shorter_wins)[0]
     if found.prompts < FEW_PROMPTS or found.votes < FEW_VOTES:

@@ -89,11 +89,14 @@ def ranking(duels: Sequence[Duel], *, resamples: int = 500, seed: int = 0) -> Ra
     the other is an exact bound that counts each prompt once, and nobody is called ahead on the bootstrap's word alone.
     """
     names = list(dict.fromkeys(name for duel in duels for name in (duel.left, duel.right)))
+    if not names:
+        none, square = np.zeros(0), np.zeros((0, 0))
+        return Ranking((), none, none, none, none.astype(np.intp), square.astype(np.bool_), square, square)
     table = _Table.of([duel for duel in duels if duel.left != duel.right], names)
     groups = groups_of(table.points.T + table.points)
     theta = fit(table.points[None], groups)[0]
     again = fit(table.resampled(resamples, seed), groups) if table.clusters else np.zeros((1, len(names)))
-    low, high = np.percentile(again, LEVEL, axis=0) if names else (theta, theta)
+    low, high = np.percentile(again, LEVEL, axis=0)
     wider = few_prompts_factor(table.prompts_met())
     low, high = theta - wider * np.maximum(0.0, theta - low), theta + wider * np.maximum(0.0, high - theta)
     for members in never_lost(table.points):
@@ -108,19 +111,19 @@ def ranking(duels: Sequence[Duel], *, resamples: int = 500, seed: int = 0) -> Ra
     often = (again[:, :, None] > again[:, None, :]).mean(axis=0) >= SURE
     together = groups[:, None] == groups[None, :]
     ahead = often & together & (low[:, None] > theta[None, :]) & (high[None, :] < theta[:, None])
-    sizes = np.bincount(groups) if names else np.zeros(0)
+    sizes = np.bincount(groups)
     order = sorted(range(len(names)), key=lambda i: (-sizes[groups[i]], groups[i], -theta[i], names[i]))
     pick = np.array(order, dtype=np.intp)
-    square = np.ix_(pick, pick)
+    both = np.ix_(pick, pick)
     return Ranking(
         tuple(names[i] for i in order),
         theta[pick],
         low[pick],
         high[pick],
         groups[pick],
-        ahead[square],
-        table.wins[square],
-        table.ties[square],
+        ahead[both],
+        table.wins[both],
+        table.ties[both],
     )
 
 

@@ -131,7 +131,11 @@ class Study:
         """Put off to the end of this annotator's queue; a repeat is not shown again."""
         with self._lock:
             skipped = self._skipped.setdefault(annotator, [])
-            for what in (item.key, item.comparison and item.comparison.id, item.comparison and item.comparison.repeat_of):
+            for what in (
+                item.key,
+                item.comparison and item.comparison.id,
+                item.comparison and item.comparison.repeat_of,
+            ):
                 if what:
                     skipped[:] = [*(kept for kept in skipped if kept != what), what]
 
@@ -180,7 +184,9 @@ class Study:
     def _repeat(self, annotator: str, history: History) -> Comparison | None:
         """One of the annotator's earlier comparisons with its sides swapped, where the share of repeats wants one."""
         skipped = self._skipped.get(annotator, [])
-        first = [c for c in history.judged if c.repeat_of is None and c.blind and len(c.answers) == self.options.samples]
+        first = [
+            c for c in history.judged if c.repeat_of is None and c.blind and len(c.answers) == self.options.samples
+        ]
         due = int(len(first) * self.options.repeats + self._phase(annotator)) - len(history.repeated)
         old = first[:-APART] if len(first) > APART else first[:-1]
         choices = [c for c in old if c.id not in history.repeated and c.id not in skipped]

@@ -232,7 +232,7 @@ def test_annotators_have_the_voting_page_alone(signed_in):
     assert ana.get("/vote/").status_code == 200
     assert ana.get("/vote/config").status_code == 200
     for path in ("/config", "/gradio_api/info", "/theme.css", "/downloads/votes.zip", "/assets/index.js"):
-        assert ana.get(path).status_code == 403 and olga.get(path).status_code == 200, path
+        assert (ana.get(path).status_code, olga.get(path).status_code) == (403, 200), path
     assert ana.post("/gradio_api/queue/join", json={"session_hash": "s-ana"}).status_code == 403
     assert ana.get("/gradio_api/queue/data?session_hash=s-ana").status_code == 403
 

@@ -37,7 +37,7 @@ def chart(title: str, unit: str, curves: dict[str, Curve]) -> str:
         color = COLORS[index % len(COLORS)]
         every = max(1, math.ceil(len(at) / MAX_POINTS))
         points = [(x(s), y(v)) if math.isfinite(v) else None for s, v in zip(at, shown, strict=True)]
-        drawn.append(_curve(points[::every] + points[-1:], color, dots=len(points) <= 40))
+        drawn.append(_curve(points[::every] + points[-1:] * (every > 1), color, dots=len(points) <= 40))
         last = next(v for v in reversed(shown) if math.isfinite(v))
         legend.append(f'<li><i style="background:{color}"></i>{escape(name)} <b>{number(last)}</b></li>')
     return (

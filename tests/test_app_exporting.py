@@ -1,0 +1,90 @@
+"""Exports from the browser: plain names, one folder, and no way out of it."""
+
+import io
+import zipfile
+
+import pytest
+
+from lowrank_rlhf.arena.exporting import Exports
+from lowrank_rlhf.arena.votes.database import Store
+from lowrank_rlhf.arena.votes.records import Answer, Comparison, Decoding, Speaker, Vote
+from lowrank_rlhf.errors import UserError
+
+
+@pytest.fixture
+def exports(tmp_path):
+    store = Store(tmp_path / "work" / "votes.db")
+    for number in range(6):
+        prompt = ({"role": "user", "content": f"Question {number}?"},)
+        a, b = (Answer(Speaker(name), Decoding(), prompt, f"{name} says {number}") for name in ("sft", "ppo"))
+        comparison = Comparison((a, b), annotator="ana", blind=True)
+        store.save_comparison(comparison)
+        store.save_vote(Vote(comparison.id, "ana", "pair", choice="a", strength=2))
+    return Exports(store)
+
+
+def test_an_export_with_its_card_and_zip(exports):
+    assert exports.names() == []
+    report = exports.make("first", eval_fraction=0.5)
+    assert exports.names() == ["first"]
+    assert sum(rows for name, rows in report.files.items() if name.startswith("preference")) == 6
+    assert exports.card("first").startswith("#") or exports.card("first").startswith("---")
+    with zipfile.ZipFile(io.BytesIO(exports.zipped("first"))) as archive:
+        files = sorted(path.name for path in (exports.folder / "first").iterdir())
+        assert sorted(archive.namelist()) == [f"first/{name}" for name in files]
+        assert archive.read("first/README.md").decode() == exports.card("first")
+    with pytest.raises(UserError):
+        exports.make("first", eval_fraction=0.5)
+    exports.make("first", eval_fraction=0.5, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/b",
+        "/tmp/x",
+        "a\\b",
+        "-x",
+        "_x",
+        "a b",
+        "a\0b",
+        "a\n",
+        "x" * 65,
+        "ä",
+        "%2e%2e",
+        ".hidden",
+    ],
+)
+def test_names_that_would_lead_elsewhere(exports, tmp_path, name):
+    before = sorted(tmp_path.rglob("*"))
+    for action in (
+        lambda: exports.make(name, eval_fraction=0.1),
+        lambda: exports.card(name),
+        lambda: exports.zipped(name),
+    ):
+        with pytest.raises(UserError, match="is to be 1 to 64"):
+            action()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_are_not_followed(exports, tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "README.md").write_text("secret")
+    exports.make("first", eval_fraction=0.1)
+    (exports.folder / "out").symlink_to(tmp_path / "secret")
+    (exports.folder / "first" / "key.txt").symlink_to(tmp_path / "secret" / "README.md")
+    with pytest.raises(UserError, match="is a link"):
+        exports.zipped("out")
+    with pytest.raises(UserError, match="is a link"):
+        exports.make("out", eval_fraction=0.1, overwrite=True)
+    assert (tmp_path / "secret" / "README.md").read_text() == "secret"
+    assert b"key.txt" not in exports.zipped("first")
+
+
+def test_what_is_not_there(exports):
+    with pytest.raises(UserError, match="no export nothing"):
+        exports.zipped("nothing")

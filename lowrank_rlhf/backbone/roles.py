@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lowrank_rlhf.backbone.base import BaseInfo, check_logit_path, load_base
+from lowrank_rlhf.backbone.base import check_logit_path, load_base
 from lowrank_rlhf.backbone.guard import copy_config, forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
 from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
 from lowrank_rlhf.backbone.passes import Passes

@@ -83,7 +83,7 @@ def find(runs: Path, adapters: Mapping[str, Path] = {}, base: Base | None = None
     base, identity = choose_base(found, base)
     speakers = {BASE: Found(_speaker(BASE, base, identity))}
     rewards: dict[str, Path] = {}
-    limits, template = Limits(), DEFAULT_TEMPLATE
+    limits, template = None, DEFAULT_TEMPLATE
     root = runs.resolve()
     for run in found:
         if reason := mismatch(run, identity):
@@ -98,13 +98,18 @@ def find(runs: Path, adapters: Mapping[str, Path] = {}, base: Base | None = None
             _add_adapter(name, folder, speakers, base, identity)
         except Broken as error:
             problems.append(Problem(folder, str(error)))
-    return Catalog(base, speakers, rewards, problems, template, limits)
+    return Catalog(base, speakers, rewards, problems, template, limits or Limits())
 
 
-def _wider(limits: Limits, run: RunFolder) -> Limits:
+def _wider(limits: Limits | None, run: RunFolder) -> Limits:
     data = run.info["recipe"]["data"]
-    names = [f.name for f in dataclasses.fields(Limits)]
-    return Limits(**{name: max(getattr(limits, name), int(data.get(name) or 0)) for name in names})
+    own = Limits(**{f.name: data[f.name] for f in dataclasses.fields(Limits) if isinstance(data.get(f.name), int)})
+    if limits is None:
+        return own
+    return Limits(
+        max(limits.max_prompt_tokens, own.max_prompt_tokens),
+        max(limits.max_completion_tokens, own.max_completion_tokens),
+    )
 
 
 def _speaker(name: str, base: Base, identity: tuple[Any, ...] | None, **who: Any) -> Speaker:

@@ -7,6 +7,7 @@ no hook and no cache: the next one equals that of a fresh process.
 
 import gc
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
@@ -128,7 +129,7 @@ class Engine:
                 answers = self._progress(answers, rows, started)
                 yield answers
             if not all(answer.done for answer in answers):
-                yield [self._cut(answer, row) for answer, row in zip(answers, rows, strict=True)]
+                yield [answer if answer.done else replace(answer, done=True, stopped=True) for answer in answers]
         finally:
             if batch is not None:
                 batch.close()
@@ -250,7 +251,7 @@ class Engine:
         for answer, row in zip(answers, rows, strict=True):
             if not answer.done:
                 answer = Progress(
-                    text=self._prompts.text(row.completion, whole=row.done),
+                    text=self._prompts.text(row.completion, whole=row.ended),
                     tokens=len(row.completion),
                     milliseconds=now,
                     first_token_milliseconds=answer.first_token_milliseconds or now,
@@ -260,17 +261,9 @@ class Engine:
             grown.append(answer)
         return grown
 
-    def _cut(self, answer: Progress, row: Row) -> Progress:
-        assert self._prompts is not None
-        if answer.done:
-            return answer
-        return replace(answer, text=self._prompts.text(row.completion, whole=True), done=True, stopped=True)
-
 
 def _let_go(error: BaseException) -> None:
     """Drop what an exception's frames hold, which may be all of the memory."""
-    import traceback
-
     seen: BaseException | None = error
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)

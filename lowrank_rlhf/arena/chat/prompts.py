@@ -67,7 +67,7 @@ class Prompts:
         return sequence
 
     def text(self, completion: list[int], *, whole: bool) -> str:
-        """The text of a completion. Until it is whole, the bytes of a character that is not complete are held back."""
+        """The text of a completion. Until it has ended, the bytes of a character that is not complete are held back."""
         text = self.renderer.decode(completion)
         return text if whole else text.rstrip("\N{REPLACEMENT CHARACTER}")
 

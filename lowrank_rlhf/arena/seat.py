@@ -1,38 +1,20 @@
 """One annotator at one screen: what is shown now, and the votes on it. Who answered stays here until the vote."""
 
 import hashlib
-import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from lowrank_rlhf.arena.chat.catalog import BASE, Catalog
-from lowrank_rlhf.arena.chat.engine import Engine, Progress, Request
-from lowrank_rlhf.arena.study import DECIDING, Item, Study
+from lowrank_rlhf.arena.blind import HasModels, blind_comparison, nameless
+from lowrank_rlhf.arena.chat.engine import Progress, Request
+from lowrank_rlhf.arena.study import DECIDING, Item
 from lowrank_rlhf.arena.votes.checks import check_name
-from lowrank_rlhf.arena.votes.database import Store
 from lowrank_rlhf.arena.votes.records import Answer, Choice, Comparison, Vote, new_id
 from lowrank_rlhf.errors import UserError
 
-MAX_SEATS = 10_000
 State = Literal["empty", "asked", "answering", "shown", "voted", "finished"]
-KEPT_TO_OURSELVES = (
-    "The models could not answer this prompt. The reason is in the server's log; tell whoever runs this study, or skip "
-    "the prompt."
-)
-
-
-class HasModels(Protocol):
-    """The app, as far as a seat needs it."""
-
-    catalog: Catalog
-    engine: Engine
-    store: Store
-    study: Study
-    reward: str | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,7 @@ class Seat:
         """Go on to what is to be judged next; what is not voted on yet stays."""
         with self._lock:
             if self.state in ("asked", "answering", "shown"):
+                self._stopping = self._stopping and self.state == "answering"
                 return
             self._take(self.arena.study.next(self.annotator))
 
@@ -124,7 +107,7 @@ class Seat:
             item = self.item
             if self.state != "asked" or item is None:
                 return
-            self.state, self._stopping = "answering", False
+            self.state = "answering"
         answers: list[Progress] = []
         try:
             messages = list(item.prompt)
@@ -132,9 +115,9 @@ class Seat:
             for answers in self.arena.engine.stream(requests, lambda: self._stopping):
                 yield answers
             if any(answer.text for answer in answers) or not self._stopping:
-                self._keep(self._comparison(item, answers))
+                self._keep(blind_comparison(self.arena.engine, item, answers, self.annotator))
         except UserError as error:
-            raise UserError(self._nameless(str(error), item)) from error
+            raise UserError(nameless(str(error), self.arena.catalog)) from error
         finally:
             with self._lock:
                 if self.state == "answering":
@@ -232,7 +215,7 @@ class Seat:
     # What changes the state
 
     def _take(self, item: Item | None) -> None:
-        self.item, self.comparison, self.voted = item, None, None
+        self.item, self.comparison, self.voted, self._stopping = item, None, None, False
         self.state = "finished" if item is None else "asked"
         if item is not None and item.comparison is not None:
             self._keep(item.comparison)
@@ -284,61 +267,9 @@ class Seat:
             raise UserError(f"No comparison {comparison_id!r:.80} was shown to {self.annotator}.")
         return comparison
 
-    def _comparison(self, item: Item, answers: Sequence[Progress]) -> Comparison:
-        speakers = [self.arena.engine.speaker(name) for name in item.speakers]
-        beside = tuple(speaker.name for speaker in speakers)
-        kept = (
-            Answer(
-                speaker,
-                decoding,
-                item.prompt,
-                answer.text,
-                answer.tokens,
-                answer.ended,
-                answer.milliseconds,
-                answer.first_token_milliseconds,
-                beside=beside,
-            )
-            for speaker, decoding, answer in zip(speakers, item.decodings, answers, strict=True)
-        )
-        return Comparison(tuple(kept), self.annotator, blind=True)
-
     def _idle(self) -> None:
         if self.state == "answering":
             raise UserError("An answer is being written; stop it first, or wait for it.")
-
-    def _nameless(self, message: str, item: Item) -> str:
-        """The message, or one that says nothing where it names a model, a run or a file."""
-        catalog = self.arena.catalog
-        found = [catalog.speakers[name] for name in item.speakers if name in catalog.speakers]
-        names = {*item.speakers, *catalog.speakers, *(f.speaker.run for f in found), *(str(f.weights) for f in found)}
-        if any(name in message for name in names - {"", "None", BASE}) or "/" in message:
-            print(f"vote page: {message}", file=sys.stderr, flush=True)
-            return KEPT_TO_OURSELVES
-        return message
-
-
-class Seats:
-    """The seats of an app by session; those not used for longest are given up when there are too many."""
-
-    def __init__(self, arena: HasModels):
-        self.arena = arena
-        self._seats: OrderedDict[tuple[str, str], Seat] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def of(self, session: str, annotator: str) -> Seat:
-        """The seat of an annotator in a session; the same session under another name is another seat.
-
-        Raises:
-            UserError: that is no name.
-        """
-        annotator = annotator.strip()
-        with self._lock:
-            seat = self._seats.pop((session, annotator), None) or Seat(self.arena, annotator)
-            self._seats[session, annotator] = seat
-            while len(self._seats) > MAX_SEATS:
-                self._seats.popitem(last=False)
-        return seat
 
 
 def _vote_id(comparison: Comparison) -> str:

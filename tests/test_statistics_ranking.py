@@ -191,3 +191,35 @@ def test_the_order_is_recovered():
     strengths = np.array([1.2, 0.6, 0.0, -0.6, -1.2])
     orders = [ranking(simulated(strengths, votes=2000, prompts=200, seed=s), resamples=20).players for s in range(50)]
     assert sum(order == ("0", "1", "2", "3", "4") for order in orders) >= 49
+
+
+def test_intervals_cover_also_where_most_favourites_never_lose():
+    """Odds of e³ to one between neighbours, five prompts each: the best is undefeated in nearly every simulation."""
+    strengths, covered, open_ends = np.array([3.0, 0.0, -3.0]), [], 0
+    for seed in range(200):
+        found = ranking(simulated(strengths, votes=15, prompts=15, seed=seed), resamples=200, seed=seed)
+        true = np.array([strengths[int(name)] for name in found.players])
+        covered.append(((found.low <= true) & (true <= found.high)).mean())
+        open_ends += bool(np.isinf(found.high).any())
+    assert open_ends > 150
+    assert np.mean(covered) >= 0.9
+
+
+def test_intervals_cover_where_a_prompt_decides_for_all_its_voters():
+    """x wins on 60 % of the prompts, and all six people agree there: as single votes the intervals would be too narrow.
+
+    Truth: θ_x − θ_y = log(0.6/0.4). Votes taken for independent have an interval 1/√6 as wide, which covers only
+    P(|z| < 1.96/√6) = 58 %.
+    """
+    half = np.log(0.6 / 0.4) / 2
+    covered = {"by prompt": 0, "by vote": 0}
+    for seed in range(200):
+        won = np.random.default_rng(seed).random(40) < 0.6
+        together = [duel(f"{i}", "x", "y", won[i]) for i in range(40) for _ in range(6)]
+        apart = [duel(f"{i}", "x", "y", vote.outcome) for i, vote in enumerate(together)]
+        for name, votes in (("by prompt", together), ("by vote", apart)):
+            found = ranking(votes, resamples=200, seed=seed)
+            x = found.players.index("x")
+            covered[name] += bool(found.low[x] <= half <= found.high[x])
+    assert covered["by prompt"] >= 180
+    assert covered["by vote"] <= 150

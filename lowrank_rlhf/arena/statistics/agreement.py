@@ -166,7 +166,7 @@ def _annotator(
     duels: Sequence[Duel],
     again: Sequence[tuple[Duel, Duel]],
     shared: Mapping[str, Mapping[str, str]],
-    prompts: Mapping[str | None, str],
+    prompts: Mapping[str, str],
 ) -> Annotator:
     own = [(a, b) for a, b in again if b.annotator == name]
     decided = [(a, b) for a, b in own if "neither" not in (a.label, b.label)]
@@ -200,7 +200,7 @@ def majority(labels: Sequence[str]) -> str | None:
     return leading[0][0]
 
 
-def _alpha(shared: Mapping[str, Mapping[str, str]], prompts: Mapping[str | None, str]) -> Interval | None:
+def _alpha(shared: Mapping[str, Mapping[str, str]], prompts: Mapping[str, str]) -> Interval | None:
     if not shared:
         return None
     columns = [

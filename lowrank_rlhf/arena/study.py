@@ -5,7 +5,7 @@ import itertools
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from lowrank_rlhf.arena.chat.catalog import Catalog

@@ -306,7 +306,9 @@ def test_the_card_says_what_is_in_it(many, tmp_path):
     export(many, tmp_path / "out", eval_fraction=0.2)
     card = (tmp_path / "out/README.md").read_text()
     report = json.loads((tmp_path / "out/export.json").read_text())
-    assert "301 votes by 1 person" in card
+    cast_today = many.vote(next(many.judged()).votes[0].id).created[:10]
+    assert f"301 votes by 1 person, {cast_today}" in card
+    assert "language models; 301 of them\nwere blind" in card
     assert "How much better: barely (1) 15, slightly (2) 15, clearly (3) 15, far (4) 15." in card
     assert "Reasons given: helpful 60." in card
     assert "| a\\|b&lt;script>' | 1 |" in card

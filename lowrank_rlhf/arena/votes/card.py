@@ -46,9 +46,10 @@ def _summary(report: "ExportReport") -> Iterator[str]:
     settings = report.settings
     yield "# Votes"
     yield ""
-    yield f"{report.votes} votes by {report.annotators} {'person' if report.annotators == 1 else 'people'}, "
-    yield f"{first if first == last else f'{first} to {last}'}, on the answers of language models."
-    yield f"{'Every vote was blind.' if settings['blind_only'] else 'Blind votes and votes with the names in sight.'}"
+    when = first if first == last else f"{first} to {last}"
+    who = counted(report.annotators, "person", "people")
+    yield f"{counted(report.votes, 'vote')} by {who}, {when}, on the answers of language models; {report.blind} of them"
+    yield "were blind, the others were given with the names in sight or come from a file that does not say."
     yield f"Annotators are {'named' if settings['names'] else 'numbered in the order of their first vote: a1, a2 …'}."
     yield ""
     yield "| model | answers judged |"
@@ -87,6 +88,14 @@ def _columns() -> Iterator[str]:
     yield "message. `margin` is the strength of the vote, 1.0 where it has none, also of a written answer over the one"
     yield "that it improves. `prompt_key` is equal for equal prompts; `chosen_model`, `rejected_model`, `model` and"
     yield "`models` say who answered, `human` is an annotator."
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """
+    >>> counted(1, "vote"), counted(2, "person", "people")
+    ('1 vote', '2 people')
+    """
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _cell(text: str) -> str:

@@ -46,7 +46,8 @@ class Rows:
 
     blind_only: bool = False
     names: bool = False
-    votes: int = 0
+    votes: int = 0  # that gave rows
+    blind: int = 0  # of these
     left_out: Counter[str] = field(default_factory=Counter)
     annotators: dict[str, str] = field(default_factory=dict)  # name → name in the files
     models: Counter[str] = field(default_factory=Counter)  # answers judged, by model
@@ -81,6 +82,7 @@ class Rows:
             self.left_out[made] += 1
             return []
         self.votes += 1
+        self.blind += comparison.blind
         self.strengths.update([vote.strength] if vote.strength else [])
         self.reasons.update(vote.reasons)
         self.dates = [min([*self.dates, vote.created]), max([*self.dates, vote.created])]

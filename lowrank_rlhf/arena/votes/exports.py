@@ -30,6 +30,7 @@ class ExportReport:
         files: rows by file name; a file without rows is not written.
         prompts: distinct first questions by split.
         votes: that gave rows.
+        blind: how many of these were given before the names were shown.
         left_out: votes that gave none, by reason.
         annotators: how many voted.
         models: answers judged, by model.
@@ -43,6 +44,7 @@ class ExportReport:
     files: dict[str, int]
     prompts: dict[str, int]
     votes: int
+    blind: int
     left_out: dict[str, int]
     annotators: int
     models: dict[str, int]
@@ -95,6 +97,7 @@ def export(
         files={name: len(values) for name, values in files.items() if values},
         prompts={"train": len({row.group for row in made} - held_out), "test": len(held_out)},
         votes=rows.votes,
+        blind=rows.blind,
         left_out=dict(rows.left_out),
         annotators=len(rows.annotators),
         models=dict(rows.models),

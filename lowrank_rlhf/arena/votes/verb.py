@@ -5,6 +5,7 @@ import getpass
 import json
 import sys
 
+from lowrank_rlhf.arena.votes.card import counted
 from lowrank_rlhf.errors import UserError
 
 STORE = "votes.db"
@@ -75,7 +76,8 @@ def _export(args: argparse.Namespace) -> None:
         print(f"{rows:7d} rows  {args.to}/{name}")
     for why, count in report.left_out.items():
         print(f"{count:7d} votes left out: {why}")
-    print(f"{report.votes} votes on {sum(report.prompts.values())} prompts; data card: {args.to}/{CARD}")
+    prompts = counted(sum(report.prompts.values()), "prompt")
+    print(f"{counted(report.votes, 'vote')} on {prompts}; data card: {args.to}/{CARD}")
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -84,9 +86,9 @@ def _import(args: argparse.Namespace) -> None:
 
     left_out: list[str] = []
     added = import_votes(Store(args.store), args.file, args.annotator, left_out=left_out)
-    print(f"{added} new votes in {args.store}")
+    print(f"{counted(added, 'new vote')} in {args.store}")
     if left_out:
-        print(f"{len(left_out)} rows left out, the first: {left_out[0]}")
+        print(f"{counted(len(left_out), 'row')} left out, the first: {left_out[0]}")
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -98,13 +100,25 @@ def _stats(args: argparse.Namespace) -> None:
     if args.json:
         board = report.as_json(report.leaderboard(store))
         value = json.loads(board) if isinstance(board, str) else board
-        print(json.dumps({"counts": counts, **value}, indent=2, ensure_ascii=False))
+        print(json.dumps({"store": counts, **value}, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    kinds = ", ".join(f"{counts[kind]} {kind}" for kind in ("pair", "ranking", "thumb", "better"))
-    print(f"{args.store}: {counts['votes']} votes stand ({kinds}) by {counts['annotators']} annotators")
-    print(f"  on {counts['comparisons']} comparisons, {counts['repeats']} of them repeats;", end=" ")
-    print(f"{counts['superseded']} votes superseded or taken back\n")
+    print(f"{args.store}: {told(counts)}\n")
     print(report.text_report(store))
+
+
+def told(counts: dict[str, int]) -> str:
+    """The counts of a store in one line.
+
+    >>> told({"votes": 3, "pair": 2, "thumb": 1, "comparisons": 2, "repeats": 1, "superseded": 1})
+    '3 votes (2 pairs, 1 thumb) on 2 comparisons, 1 of them a repeat; 1 more superseded or taken back'
+    """
+    names = {"pair": "pair", "ranking": "ranking", "thumb": "thumb", "better": "better answer"}
+    kinds = ", ".join(counted(counts[kind], name) for kind, name in names.items() if counts.get(kind))
+    votes, comparisons = counted(counts["votes"], "vote"), counted(counts["comparisons"], "comparison")
+    said = f"{votes} ({kinds or 'none'}) on {comparisons}"
+    repeats = counts["repeats"]
+    said += f", {repeats} of them {'a repeat' if repeats == 1 else 'repeats'}" if repeats else ""
+    return said + (f"; {counts['superseded']} more superseded or taken back" if counts["superseded"] else "")
 
 
 def _add_annotator(args: argparse.Namespace) -> None:

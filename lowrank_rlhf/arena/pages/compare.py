@@ -12,7 +12,7 @@ from lowrank_rlhf.arena.chat.engine import Progress
 from lowrank_rlhf.arena.pages import compare_view as view
 from lowrank_rlhf.arena.pages import sides
 from lowrank_rlhf.arena.pages.compare_vote import Ballot
-from lowrank_rlhf.arena.pages.compare_who import Who
+from lowrank_rlhf.arena.pages.compare_who import NO_REWARD, Who
 from lowrank_rlhf.errors import UserError
 
 MODEL = "model"  # the concurrency_id of every event that uses the base
@@ -175,7 +175,7 @@ class Compare:
 
     def _score(self, conversation: Conversation, reward: str | None) -> Updates:
         """Score the latest answers; a reward model that cannot is a note, not a failure of the turn."""
-        if not reward or conversation.latest is None:
+        if reward in (None, NO_REWARD) or conversation.latest is None:
             return {}
         try:
             conversation.score(reward, self.arena.engine.score)

@@ -37,13 +37,14 @@ class Ballot:
                 }
             with gr.Row(visible=False, elem_classes="buttons") as self.alone:
                 self.thumbs = {up: gr.Button(text, size="md", min_width=110) for up, text in THUMBS.items()}
-            with gr.Row(visible=False, elem_classes="buttons") as self.ranking:
-                self.ranks = [
-                    gr.Radio(
-                        [1, 2, 3, 4], label=f"{view.LETTERS[at]}: rank", min_width=150, elem_id=f"compare-rank-{at}"
-                    )
-                    for at in range(MAX_COLUMNS)
-                ]
+            with gr.Column(visible=False) as self.ranking:
+                with gr.Row(elem_classes="ranks"):
+                    self.ranks = [
+                        gr.Radio(
+                            [1, 2, 3, 4], label=f"{view.LETTERS[at]}: rank", min_width=150, elem_id=f"compare-rank-{at}"
+                        )
+                        for at in range(MAX_COLUMNS)
+                    ]
                 self.rank = gr.Button("Save the ranking", size="md", min_width=110, elem_id="compare-rank")
             with gr.Accordion("How much better, why, and by whom", open=False):
                 with gr.Row():

@@ -65,24 +65,28 @@ class Who:
         """Look for new runs on load and on demand."""
         self.note = note
         outputs = [note, self.reward, *self.speakers]
-        gr.on(None, self.fill, None, outputs, **event)
+        page = gr.context.Context.root_block
+        assert page is not None
+        page.load(self.fill, self.speakers, outputs, **event)
         self.refresh.click(self.rescan, self.speakers, outputs, **event)
         self.count.change(
             lambda count: [gr.update(visible=at < count) for at in range(MAX_COLUMNS)], self.count, self.slots, **event
         )
 
-    def fill(self) -> dict[Any, Any]:
+    def fill(self, *chosen: str | None) -> dict[Any, Any]:
         """The choices of now, and what to do where there is nobody but the base."""
         names = list(self.arena.catalog.speakers)
-        updates = {box: gr.update(choices=names) for box in self.speakers}
-        return updates | {
-            self.reward: gr.update(choices=[NO_REWARD, *self.arena.catalog.rewards]),
-            self.note: self._note(),
-        }
+        values = [name if name in names else names[0] for name in chosen]
+        boxes = {box: gr.update(choices=names, value=name) for box, name in zip(self.speakers, values, strict=True)}
+        rewards = gr.update(choices=[NO_REWARD, *self.arena.catalog.rewards])
+        return boxes | {self.reward: rewards, self.note: self._note()}
 
-    def rescan(self, *chosen: str) -> dict[Any, Any]:
-        self.arena.rescan()
-        return self.fill()
+    def rescan(self, *chosen: str | None) -> dict[Any, Any]:
+        try:
+            self.arena.rescan()
+        except UserError as error:
+            return {self.note: sides.note(str(error), problem=True)}
+        return self.fill(*chosen)
 
     def _slot(self, at: int, names: list[str]) -> None:
         ordered = [*names[1:2], *names[:1], *names[2:]]  # the newest run beside the bare base

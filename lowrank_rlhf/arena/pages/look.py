@@ -51,8 +51,8 @@ CSS = """
 .side .label .name { overflow-wrap: anywhere; }
 .side .foot { margin-top: 10px; font-size: var(--text-sm); color: var(--body-text-color-subdued);
   font-variant-numeric: tabular-nums; min-height: 1.4em; }
-.side .turn.assistant { margin-bottom: 0; }
-.side-column { gap: 4px; max-height: 70vh; overflow-y: auto; }
+.side .turn.assistant:last-child { margin-bottom: 0; }
+.side-column { gap: 4px; max-height: 70vh; overflow-y: auto; flex-wrap: nowrap !important; }
 .side-column > * { flex: 0 0 auto; }
 .flush .html-container { padding: 0; }
 .side-column .turn.user { margin-top: 4px; }
@@ -97,6 +97,8 @@ CSS = """
 .message-line:not(:has(.note)) { display: none; }
 .buttons { gap: 8px; }
 .toolbar { align-items: end; }
+.ranks .wrap { gap: 4px; flex-wrap: nowrap; }
+.ranks .wrap label { padding: 4px 7px; }
 .scroll-x { overflow-x: auto; max-width: 100%; }
 kbd { font-family: var(--font-mono); font-size: .85em; padding: 0 .35em; border-radius: 4px;
   border: 1px solid var(--border-color-primary); background: var(--background-fill-secondary); }

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from chat_runs import TINY, fill, write_run
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from lowrank_rlhf.arena.chat.catalog import find
@@ -328,6 +329,13 @@ def test_nobody_and_somebody_unknown(engine):
     assert not engine.loaded
 
 
+def test_a_model_whose_run_is_broken_is_told_with_the_reason(tmp_path):
+    write_run(tmp_path / "cut")
+    (tmp_path / "cut/run.json").write_text("{")
+    with pytest.raises(UserError, match=r"no model 'cut' here: .*cut run.json cannot be read"):
+        ask(Engine(find(tmp_path), device="cpu"), "cut")
+
+
 def test_the_prompt_and_its_answer_fill_the_context_to_the_last_token(engine):
     frame = len(engine.backbone.tokenizer.apply_chat_template(HI, tokenize=False, add_generation_prompt=True))
     markers = frame - len(HI[0]["content"])
@@ -359,7 +367,7 @@ def test_two_hundred_turns_are_answered_until_they_fill_the_context(engine):
     fit = (2048 - 64) // len(ids)
     answer = ask(engine, "sft", "base", messages=turn * fit + last, decoding=decoding)[-1]
     assert [a.tokens for a in answer] == [1, 1]
-    with pytest.raises(UserError, match=r"too long: [67],\d+ tokens, and there is room for 2,047 .* clear the conv"):
+    with pytest.raises(UserError, match=r"too long: 4,\d+ tokens, and there is room for 2,047 .* clear the conv"):
         ask(engine, "sft", "base", messages=turn * 200 + last, decoding=decoding)
     assert_nothing_is_left(engine)
     assert texts(engine, "sft") == texts(Engine(engine.catalog, device="cpu"), "sft")
@@ -419,7 +427,7 @@ def test_a_checkpoint_says_what_its_weights_say(engine, runs):
         greedy=True,
     )
     expected = backbone.tokenizer.decode(found[0].completion_ids, skip_special_tokens=True)
-    assert texts(engine, "dpo step 5", decoding=GREEDY) == [expected]
+    assert texts(engine, "dpo step 5", decoding=GREEDY) == [expected.rstrip("\N{REPLACEMENT CHARACTER}")]
     assert texts(engine, "dpo", decoding=GREEDY) != [expected]
     assert len(set(texts(engine, "ppo", "ppo step 7", "base"))) == 3
 
@@ -429,7 +437,11 @@ def test_speakers_carry_the_hash_of_their_weights_and_the_base(engine, runs):
     assert not engine.loaded
     sft = engine.speaker("sft")
     assert sft.adapter_hash == sha256_of(runs / "sft/adapters/sft/adapter_model.safetensors")
+    assert not engine.loaded
     assert (sft.name, sft.run, sft.base, sft.revision, sft.quantization) == ("sft", "sft", "tiny", "seed-0", "none")
+    first = engine.stream([Request("sft", HI, GREEDY)])
+    next(first)  # somebody else has the model: nobody waits for it
+    assert engine.speaker("sft") == sft
     assert engine.speaker("dpo step 5").adapter_hash == sha256_of(runs / "dpo/checkpoints/step-000005/state.pt")
 
 
@@ -485,6 +497,18 @@ def test_an_adapter_of_another_base_is_refused_in_words(tmp_path):
     with pytest.raises(UserError, match=r"mine: was trained on another base model .* means nothing here"):
         ask(engine, "mine", "base")
     assert engine.backbone.roles == []
+
+
+def test_an_adapter_of_a_base_of_another_size_is_refused_in_words(tmp_path):
+    write_run(tmp_path / "elsewhere")
+    path = tmp_path / "elsewhere/adapters/sft/adapter_model.safetensors"
+    save_file({name: weight.repeat(2, 2) for name, weight in load_file(path).items()}, path)
+    (tmp_path / "elsewhere/run.json").unlink()
+    engine = Engine(find(tmp_path / "runs", {"mine": path.parent}, TINY), device="cpu")
+    with pytest.raises(UserError, match=r"does not fit tiny; was it trained on another base\?"):
+        ask(engine, "mine")
+    assert engine.backbone.roles == []
+    assert_nothing_is_left(engine)
 
 
 # Rewards

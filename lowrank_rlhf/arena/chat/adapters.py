@@ -76,9 +76,10 @@ class Adapters:
         self._want(key, weights, members, {key}, lambda role: load_members(self.backbone, run, role, key="reward"))
         return self.loaded[key].roles
 
-    def hash(self, found: Found) -> str:
-        """SHA-256 of the file that a loaded speaker came from; "" is the bare base."""
-        return "" if found.weights is None else self.loaded[_key(found)].hash
+    def hash(self, found: Found) -> str | None:
+        """SHA-256 of the file that a speaker answers from while it is loaded; asks nobody to wait."""
+        loaded = self.loaded.get(_key(found))
+        return None if loaded is None else loaded.hash
 
     def _want(
         self, key: Key, weights: Path, count: int, needed: Iterable[Key], load: Callable[[str], list[str]]
@@ -106,7 +107,10 @@ class Adapters:
         except BaseException as error:
             for role in set(self.backbone.roles) - before:
                 self.backbone.drop_role(role)
-            if isinstance(error, DAMAGED) and not _is_memory(error):
+            if "size mismatch" in str(error):
+                base = self.backbone.info.model
+                raise UserError(f"{weights}: does not fit {base}; was it trained on another base?") from error
+            if isinstance(error, DAMAGED) and not is_out_of_memory(error):
                 reason = (str(error) or repr(error)).splitlines()[0]
                 raise UserError(f"{weights}: cannot be read, it is damaged or not of this version: {reason}") from error
             raise
@@ -159,9 +163,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-_is_memory = is_out_of_memory
 
 
 def _key(found: Found) -> Key:

@@ -220,14 +220,16 @@ def _add_adapter(
     """
     if name in speakers:
         raise Broken(f"the name {name!r} is taken by a run; give it another one")
-    info = run_info(folder)
+    run = folder.parent.parent if folder.parent.name == "adapters" else folder
+    info = run_info(run) if run == folder or (run / "run.json").is_file() else None
     identified: dict[str, Any] = {}
     if info is not None:
         if reason := mismatch(RunFolder(name, folder, info), identity):
             raise Broken(reason)
         identified = info["base"]
-        inner = [folder / "adapters" / role for role in ("policy", "sft")]
-        folder = next((path for path in inner if path.is_dir()), inner[0])
+        if run == folder:
+            inner = [folder / "adapters" / role for role in ("policy", "sft")]
+            folder = next((path for path in inner if path.is_dir()), inner[0])
     weights = _weights(folder, folder.resolve())
     speaker = _speaker(name, base, identity, run=name, role="adapter")
     speakers[name] = Found(speaker, weights, "adapter", base=identified)
@@ -235,5 +237,8 @@ def _add_adapter(
 
 def unknown(catalog: Catalog, name: str) -> UserError:
     """What to say of a speaker that is not in the catalog."""
+    for problem in catalog.problems:
+        if problem.path.name == name:
+            return UserError(f"no model {name!r} here: {problem.path} {problem.reason}")
     known = ", ".join(list(catalog.speakers)[:12])
     return UserError(f"no model {name!r} here; there are: {known}; press Refresh if its run has just been written")

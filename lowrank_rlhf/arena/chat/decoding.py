@@ -52,7 +52,7 @@ class Row:
             logits = logits.unsqueeze(0)
             settings = Rollout(temperature=self.decoding.temperature, top_p=self.decoding.top_p)
             for warp in sampling_warpers(settings):
-                logits = warp(None, logits)  # type: ignore[arg-type]  # these read no ids
+                logits = warp(None, logits)  # these read no ids
             token = int(torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=self.generator))
         self.completion.append(token)
         self.ended = token in self.stop_ids

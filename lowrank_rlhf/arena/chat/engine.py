@@ -23,6 +23,7 @@ from lowrank_rlhf.arena.chat.prompts import Prompts, checked_decoding
 from lowrank_rlhf.arena.chat.turns import Turns
 from lowrank_rlhf.arena.votes.records import Decoding, Message, Speaker
 from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.scoring import score_sequences
 
@@ -153,16 +154,21 @@ class Engine:
             return self._do(lambda: self._score(self.catalog.rewards[reward], messages, text, system))
 
     def adapter_hash(self, speaker: str) -> str:
-        """SHA-256 of the weights file that a speaker answers from, loaded if it is not; "" for the bare base.
+        """SHA-256 of the weights file that a speaker answers from, as it was loaded; "" for the bare base.
+
+        Waits for nobody's generation, so that an answer can be kept as soon as it is there.
 
         Raises:
-            UserError: no such speaker, or its weights cannot be loaded.
+            UserError: no such speaker, or its weights have vanished.
         """
         found = self._found(speaker)
         if found.weights is None:
             return ""
-        with self._turns.one():
-            return self._do(lambda: self._hash(found))
+        known = None if self._adapters is None else self._adapters.hash(found)
+        try:
+            return known or sha256_of(found.weights)
+        except OSError as error:
+            raise UserError(f"{found.weights}: has vanished since the runs were scanned; press Refresh") from error
 
     def speaker(self, name: str) -> Speaker:
         """What is kept with an answer of this speaker: its record with the hash of its weights and the base's facts.
@@ -170,8 +176,7 @@ class Engine:
         Raises:
             UserError: as `adapter_hash`.
         """
-        found = self._found(name)
-        filled = replace(found.speaker, adapter_hash=self.adapter_hash(name))
+        filled = replace(self._found(name).speaker, adapter_hash=self.adapter_hash(name))
         if self._backbone is None:
             return filled
         info = self._backbone.info
@@ -208,11 +213,6 @@ class Engine:
         roles = adapters.reward(run)
         scores = [score_sequences(backbone, role, [sequence], 1)[0] for role in roles]
         return sum(scores) / len(scores)
-
-    def _hash(self, found: Found) -> str:
-        _, adapters, _ = self._loaded()
-        adapters.roles([found])
-        return adapters.hash(found)
 
     # On the caller's
 

@@ -50,8 +50,8 @@ def run_info(folder: Path) -> dict[str, Any] | None:
     try:
         recipe, base = info["recipe"], info["base"]
         asked = recipe["base"]
-        words = (base["model"], base["quantization"], asked["model"], asked["quantization"])
-        words += (recipe["data"]["prompt_template"],)
+        words = [base["model"], base["quantization"], asked["model"], asked["quantization"]]
+        words.append(recipe["data"]["prompt_template"])
         optional = (base.get("revision"), base.get("template_hash"))
         readable = all(isinstance(word, str) for word in words) and all(isinstance(o, str | None) for o in optional)
     except (KeyError, TypeError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lowrank_rlhf.arena.votes.counting import counted
 from lowrank_rlhf.arena.votes.records import STRENGTHS
 
 if TYPE_CHECKING:
@@ -88,14 +89,6 @@ def _columns() -> Iterator[str]:
     yield "message. `margin` is the strength of the vote, 1.0 where it has none, also of a written answer over the one"
     yield "that it improves. `prompt_key` is equal for equal prompts; `chosen_model`, `rejected_model`, `model` and"
     yield "`models` say who answered, `human` is an annotator."
-
-
-def counted(count: int, one: str, many: str = "") -> str:
-    """
-    >>> counted(1, "vote"), counted(2, "person", "people")
-    ('1 vote', '2 people')
-    """
-    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _cell(text: str) -> str:

@@ -92,10 +92,21 @@ def export(
         name: [row.value for row in made if row.kind == kind and (row.group in held_out) == (side == "test")]
         for (kind, side), name in sides.items()
     }
-    report = ExportReport(
-        folder=str(folder),
-        files={name: len(values) for name, values in files.items() if values},
-        prompts={"train": len({row.group for row in made} - held_out), "test": len(held_out)},
+    settings = {"eval_fraction": eval_fraction, "seed": seed, "blind_only": blind_only, "names": names}
+    prompts = {"train": len({row.group for row in made} - held_out), "test": len(held_out)}
+    counts = {name: len(values) for name, values in files.items() if values}
+    report = _report(str(folder), rows, counts, prompts, settings)
+    _write(folder, files, report, overwrite)
+    return report
+
+
+def _report(
+    folder: str, rows: Rows, files: dict[str, int], prompts: dict[str, int], settings: dict[str, Any]
+) -> ExportReport:
+    return ExportReport(
+        folder=folder,
+        files=files,
+        prompts=prompts,
         votes=rows.votes,
         blind=rows.blind,
         left_out=dict(rows.left_out),
@@ -104,10 +115,8 @@ def export(
         strengths=dict(sorted(rows.strengths.items())),
         reasons=dict(rows.reasons),
         dates=rows.dates,
-        settings={"eval_fraction": eval_fraction, "seed": seed, "blind_only": blind_only, "names": names},
+        settings=settings,
     )
-    _write(folder, files, report, overwrite)
-    return report
 
 
 def split(groups: set[str], eval_fraction: float, seed: int) -> set[str]:

@@ -1,11 +1,9 @@
 """`lowrank-rlhf votes export|import|stats|add-annotator`: what is done with votes outside the app."""
 
 import argparse
-import getpass
-import json
 import sys
 
-from lowrank_rlhf.arena.votes.card import counted
+from lowrank_rlhf.arena.votes.counting import counted, told
 from lowrank_rlhf.errors import UserError
 
 STORE = "votes.db"
@@ -92,6 +90,8 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _stats(args: argparse.Namespace) -> None:
+    import json
+
     from lowrank_rlhf.arena.statistics import report
     from lowrank_rlhf.arena.votes.database import Store
 
@@ -99,29 +99,15 @@ def _stats(args: argparse.Namespace) -> None:
     counts = store.counts()
     if args.json:
         board = report.as_json(report.leaderboard(store))
-        value = json.loads(board) if isinstance(board, str) else board
-        print(json.dumps({"store": counts, **value}, indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps({"store": counts, **board}, indent=2, ensure_ascii=False, allow_nan=False))
         return
     print(f"{args.store}: {told(counts)}\n")
     print(report.text_report(store))
 
 
-def told(counts: dict[str, int]) -> str:
-    """The counts of a store in one line.
-
-    >>> told({"votes": 3, "pair": 2, "thumb": 1, "comparisons": 2, "repeats": 1, "superseded": 1})
-    '3 votes (2 pairs, 1 thumb) on 2 comparisons, 1 of them a repeat; 1 more superseded or taken back'
-    """
-    names = {"pair": "pair", "ranking": "ranking", "thumb": "thumb", "better": "better answer"}
-    kinds = ", ".join(counted(counts[kind], name) for kind, name in names.items() if counts.get(kind))
-    votes, comparisons = counted(counts["votes"], "vote"), counted(counts["comparisons"], "comparison")
-    said = f"{votes} ({kinds or 'none'}) on {comparisons}"
-    repeats = counts["repeats"]
-    said += f", {repeats} of them {'a repeat' if repeats == 1 else 'repeats'}" if repeats else ""
-    return said + (f"; {counts['superseded']} more superseded or taken back" if counts["superseded"] else "")
-
-
 def _add_annotator(args: argparse.Namespace) -> None:
+    import getpass
+
     from lowrank_rlhf.arena import logins
 
     if args.password_stdin:

@@ -4,6 +4,7 @@ gradio opens many routes, of files, proxies, uploads, recordings and state, of w
 lists what is open instead of what is closed.
 """
 
+import asyncio
 import json
 import re
 from collections import OrderedDict
@@ -74,7 +75,12 @@ class Guard:
 
     def __init__(self, app: ASGIApp, sessions: Sessions | None):
         self.app, self.sessions = app, sessions
+        self._closing = asyncio.Event()
         self._bound: OrderedDict[str, str] = OrderedDict()
+
+    def close(self) -> None:
+        """Tell every page that is still open that it has gone, so that its streams end; call it in the event loop."""
+        self._closing.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -107,7 +113,23 @@ class Guard:
         except Refusal as refusal:
             await refusal.response(scope, receive, send_guarded)
             return
-        await self.app(scope, receive, send_guarded)
+        await self.app(scope, self._until_closed(receive), send_guarded)
+
+    def _until_closed(self, receive: Receive) -> Receive:
+        """What comes, or after `close` a disconnection."""
+
+        async def receive_open() -> Message:
+            if self._closing.is_set():
+                return {"type": "http.disconnect"}
+            coming, closed = asyncio.ensure_future(receive()), asyncio.ensure_future(self._closing.wait())
+            try:
+                await asyncio.wait({coming, closed}, return_when=asyncio.FIRST_COMPLETED)
+                return coming.result() if coming.done() else {"type": "http.disconnect"}
+            finally:
+                coming.cancel()
+                closed.cancel()
+
+        return receive_open
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
         """Refuse other machines where there are no logins, and pages of other sites, also under a name of theirs."""

@@ -19,7 +19,7 @@ from lowrank_rlhf.arena.exporting import Exports
 from lowrank_rlhf.arena.guard import Guard
 from lowrank_rlhf.arena.logins import Logins
 from lowrank_rlhf.arena.options import Options
-from lowrank_rlhf.arena.pages import look, run_view, workbench
+from lowrank_rlhf.arena.pages import ballot, look, run_view, vote_widgets, workbench
 from lowrank_rlhf.arena.pages.vote import voting_page
 from lowrank_rlhf.arena.signin import Sessions, signin_routes
 from lowrank_rlhf.errors import UserError
@@ -35,21 +35,21 @@ def serve(options: Options) -> int:
     """
     options.check()
     listener = _listen(options)
-    app = build(options)
+    guard = build(options)
     port = listener.getsockname()[1]
     host = f"[{options.host}]" if ":" in options.host else options.host
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=GOODBYE_SECONDS, server_header=False, ws="none"
+        guard, log_level="warning", timeout_graceful_shutdown=GOODBYE_SECONDS, server_header=False, ws="none"
     )
     # uvicorn hands the signal on after it has shut down; what is left to do with it is nothing
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    _Server(config, f"http://{host}:{port}/", f"http://{host}:{port}/vote/").run(sockets=[listener])
+    _Server(config, guard, f"http://{host}:{port}").run(sockets=[listener])
     print("stopped; every vote is in the store", flush=True)
     return 0
 
 
-def build(options: Options) -> FastAPI:
+def build(options: Options) -> Guard:
     """The whole app as an ASGI application: the guard, sign-in, both pages, and the download of exports."""
     sessions = Sessions(Logins.read(options.logins)) if options.logins else None
     arena = Arena(options)
@@ -70,13 +70,12 @@ def build(options: Options) -> FastAPI:
         disposition = {"content-disposition": f'attachment; filename="{name}.zip"'}
         return Response(files, media_type="application/zip", headers=disposition)
 
-    _mount(app, voting_page(arena), "/vote", sessions)
-    _mount(app, workbench.workbench(arena), "/", sessions, css=workbench.CSS + run_view.CSS)
-    app.add_middleware(Guard, sessions=sessions)
-    return app
+    _mount(app, voting_page(arena), "/vote", sessions, vote_widgets.HEAD)
+    _mount(app, workbench.workbench(arena), "/", sessions, ballot.HEAD, workbench.CSS + run_view.CSS)
+    return Guard(app, sessions)
 
 
-def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None, css: str = "") -> None:
+def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None, head: str, css: str = "") -> None:
     gr.mount_gradio_app(
         app,
         page,
@@ -92,7 +91,7 @@ def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None, 
         max_file_size=0,
         theme=look.THEME,
         css=look.CSS + css,
-        head=look.HEAD,
+        head=look.HEAD + head,
     )
 
 
@@ -114,12 +113,16 @@ def _listen(options: Options) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Tells its addresses when it answers."""
+    """Tells its addresses when it answers, and open pages when it ends."""
 
-    def __init__(self, config: uvicorn.Config, workbench: str, vote: str):
+    def __init__(self, config: uvicorn.Config, guard: Guard, address: str):
         super().__init__(config)
-        self.addresses = workbench, vote
+        self.guard, self.address = guard, address
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         await super().startup(sockets)
-        print(f"workbench    {self.addresses[0]}\nblind votes  {self.addresses[1]}", flush=True)
+        print(f"workbench    {self.address}/\nblind votes  {self.address}/vote/", flush=True)
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        self.guard.close()
+        await super().shutdown(sockets)

@@ -42,6 +42,10 @@ def runs_tab(arena: Arena) -> None:
         listed = run_view.runs_table(runs, str(folder)) + run_view.problems(arena.catalog.problems)
         return [names, listed, going_on, *_details(shown)]
 
+    def look_again(name: str | None) -> list[Any]:
+        arena.rescan()
+        return look(name)
+
     def show(name: str | None) -> list[Any]:
         return _details(_find(read_runs(folder), name))
 
@@ -56,7 +60,7 @@ def runs_tab(arena: Arena) -> None:
         "concurrency_limit": 4,
     }
     everything = [chosen, table, timer, *details]
-    refresh.click(look, chosen, everything, **private)
+    refresh.click(look_again, chosen, everything, **private)
     timer.tick(look, chosen, everything, **private)
     chosen.input(show, chosen, details, **private)
     slider.input(turn, [chosen, slider], samples, **private)

@@ -84,7 +84,7 @@ def page(found: Leaderboard) -> str:
     return f'<div class="standings">{"".join(parts)}</div>'
 
 
-NO_REWARD = "No reward model has scored answers that people decided between; start the app with a reward run to see."
+NO_REWARD = "No reward model has scored answers that people decided between; start the app with --reward RUN."
 
 
 def _board(found: Leaderboard) -> str:

@@ -14,6 +14,7 @@ from lowrank_rlhf.arena.statistics.bias import (
     worth_ppo,
 )
 from lowrank_rlhf.arena.statistics.shares import share
+from lowrank_rlhf.evaluation.winrate import length_controlled_win_rate
 
 
 def test_the_binomial_test_by_hand():
@@ -163,3 +164,11 @@ def test_scores_of_two_rewards_are_not_mixed():
     first, second = reward_agreements([*votes, *other])
     assert (first.reward, second.reward) == ("b", "rm")
     assert first.accuracy.model[0] == pytest.approx(1 - second.accuracy.model[0])
+
+
+def test_a_weight_of_two_is_two_copies():
+    """In the length-controlled rate: the same prompts are drawn, so estimate and interval are equal."""
+    won, gaps, prompts = [1, 0, 1, 1, 0.5], [3, -2, 5, -4, 1], list("abcde")
+    twice = length_controlled_win_rate(won * 2, gaps * 2, prompts * 2, resamples=50)
+    assert length_controlled_win_rate(won, gaps, prompts, weights=[2] * 5, resamples=50) == pytest.approx(twice)
+    assert length_controlled_win_rate(won, gaps, prompts, resamples=50) != pytest.approx(twice)  # the ridge weighs less

@@ -1,7 +1,6 @@
 """The vote store: what it takes, which votes stand, and that nothing acknowledged is ever lost."""
 
 import json
-import os
 import resource
 import signal
 import sqlite3
@@ -128,6 +127,8 @@ def test_scores_given_after_the_vote_are_read_with_the_answer(store):
     assert [(a.score, a.scored_by) for a in read] == [(2.0, "rm"), (0.25, "first")]
     assert next(store.judged()).comparison.answers == read
     store.save_comparison(comparison)  # is still the same
+    with pytest.raises(UserError, match="its score is inf"):
+        store.save_scores("rm", {comparison.answers[0].id: float("inf")})
 
 
 # Sent again
@@ -166,6 +167,8 @@ def test_votes_that_do_not_fit_are_refused_and_leave_nothing(store):
         (vote(pair, "c"), "choice: expected a, b, tie, both_bad, got 'c'"),
         (vote(pair), "choice: expected"),
         (vote(pair, "a", strength=5), "strength: expected 1 to 4, got 5"),
+        (vote(pair, "a", strength=2.0), "strength: expected 1 to 4, got 2.0"),
+        (vote(pair, "a", comment=None), "comment: expected text, got NoneType"),
         (vote(pair, "a", strength=True), "strength: expected 1 to 4, got True"),
         (vote(pair, "tie", strength=1), "strength: only a vote for a or b has one"),
         (vote(pair, "a", ranking=(1, 2)), "a vote of kind ranking has no choice"),
@@ -210,6 +213,7 @@ def test_comparisons_that_are_none_are_refused(store):
         (compared("x" * 1_000_001), "1000001 bytes are more"),
         (compared("a", prompt=asked("x" * 1_000_001)), "its prompt: 1000001 bytes"),
         (compared(answer(system="x" * 1_000_001)), "its system prompt: 1000001 bytes"),
+        (compared(replace(one, score=float("nan"))), "its score is nan; expected a finite number"),
         (compared("\ud800"), "half of a surrogate pair"),
         (compared("a", prompt=({"role": "assistant", "content": "Hi"},)), "does not end with a user's message"),
         (compared("a", "b", repeat_of=theirs.id), "ana has seen no such one"),
@@ -272,7 +276,7 @@ def test_a_damaged_file_says_so(store):
     size = store.path.stat().st_size
     with store.path.open("r+b") as file:
         file.seek(8192)
-        file.write(os.urandom(size - 8192))
+        file.write(b"\xff" * (size - 8192))
     with pytest.raises(UserError, match="the file is damaged"):
         list(Store(store.path).judged())
 
@@ -322,6 +326,39 @@ print(store.counts()["votes"])
     message, votes = done.stdout.strip().splitlines()
     assert "the disk is full" in message
     assert votes == "2"
+
+
+def test_nothing_is_acknowledged_that_went_into_a_deleted_file(store):
+    comparison = compared("yes", "no")
+    store.save_comparison(comparison)
+    moved = store.path.rename(store.path.with_name("moved.db"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="was moved, deleted or replaced while it was open; nothing was stored"):
+            store.save_vote(vote(comparison, "a"))
+        with pytest.raises(UserError, match="the file cannot be opened"):
+            next(store.judged())
+    assert not store.path.exists()
+    moved.rename(store.path)
+    store.save_vote(vote(comparison, "a"))
+    assert store.counts()["votes"] == 1
+
+
+def test_a_name_with_signs_that_mean_something_in_addresses(tmp_path):
+    odd = tmp_path / "a b?mode=ro#%41é.db"
+    cast(Store(odd), compared("yes", "no"), "a")
+    assert len(list(Store(odd).judged())) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".db"] == [odd.name]
+
+
+def test_lists_in_place_of_tuples_are_the_same(store):
+    """As records come from JSON."""
+    three = compared("a", "b", "c")
+    three = replace(three, answers=tuple(replace(a, prompt=list(a.prompt)) for a in three.answers))
+    ranked = vote(three, ranking=[1, 2, 3], reasons=["helpful"], id="r")
+    for _ in range(2):
+        store.save_comparison(three)
+        store.save_vote(ranked)
+    assert store.standing(three.id)[0].ranking == (1, 2, 3)
 
 
 # Threads, processes, kills

@@ -1,5 +1,6 @@
 """What a comparison and a vote must be before they are stored."""
 
+import math
 import re
 from typing import Any, get_args
 
@@ -48,6 +49,8 @@ def check_comparison(comparison: Comparison) -> None:
         if not answer.prompt or answer.prompt[-1].get("role") != "user":
             raise UserError(f"answer {answer.id}: its prompt does not end with a user's message")
         check_size(answer.text, f"answer {answer.id}")
+        if answer.score is not None:
+            check_score(answer.score, f"answer {answer.id}")
         check_size(answer.decoding.system, f"answer {answer.id}: its system prompt")
         check_size("".join(turn.get("content", "") for turn in answer.prompt), f"answer {answer.id}: its prompt")
 
@@ -63,6 +66,15 @@ def check_size(text: str, what: str) -> None:
         raise UserError(f"{what}: character {error.start + 1} is half of a surrogate pair: expected Unicode") from error
     if size > MAX_TEXT_BYTES:
         raise UserError(f"{what}: {size} bytes are more than is stored of a text ({MAX_TEXT_BYTES}); shorten it")
+
+
+def check_score(score: float, what: str) -> None:
+    """
+    Raises:
+        UserError: it is not a finite number.
+    """
+    if not math.isfinite(score):
+        raise UserError(f"{what}: its score is {score}; expected a finite number, so look at the reward model")
 
 
 def check_vote(vote: Vote, comparison: Comparison) -> None:
@@ -85,6 +97,8 @@ def check_vote(vote: Vote, comparison: Comparison) -> None:
     unknown = [reason for reason in vote.reasons if reason not in REASONS]
     if unknown or len(set(vote.reasons)) < len(vote.reasons):
         raise UserError(f"vote {vote.id}: reasons: expected some of {', '.join(REASONS)}, got {vote.reasons!r:.200}")
+    if not isinstance(vote.comment, str):
+        raise UserError(f"vote {vote.id}: comment: expected text, got {type(vote.comment).__name__}")
     if len(vote.comment) > MAX_COMMENT_CHARACTERS:
         size = f"{len(vote.comment)} characters are more than {MAX_COMMENT_CHARACTERS}"
         raise UserError(f"vote {vote.id}: comment: {size}; shorten it")
@@ -125,7 +139,7 @@ def _check_pair(vote: Vote, comparison: Comparison) -> None:
         return
     if vote.choice not in ("a", "b"):
         raise UserError(f"vote {vote.id}: strength: only a vote for a or b has one; leave it out")
-    if isinstance(vote.strength, bool) or vote.strength not in STRENGTHS:
+    if not is_count(vote.strength) or vote.strength not in STRENGTHS:
         raise UserError(
             f"vote {vote.id}: strength: expected {min(STRENGTHS)} to {max(STRENGTHS)}, got {vote.strength!r:.40}"
         )

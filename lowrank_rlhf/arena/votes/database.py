@@ -7,18 +7,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from lowrank_rlhf.arena.votes.checks import check_comparison, check_vote
-from lowrank_rlhf.arena.votes.reading import KEY, comparison_from, key, last_of_each, scored, vote_from, votes_on
+from lowrank_rlhf.arena.votes.checks import check_comparison, check_score, check_vote
+from lowrank_rlhf.arena.votes.reading import (
+    KEY,
+    comparison_from,
+    key,
+    last_of_each,
+    same_vote,
+    scored,
+    unscored,
+    vote_from,
+    votes_on,
+)
 from lowrank_rlhf.arena.votes.records import Comparison, Judged, Vote, as_json, now
-from lowrank_rlhf.arena.votes.schema import connect, open_store, told
+from lowrank_rlhf.arena.votes.schema import connect, identity, open_store, told
 from lowrank_rlhf.errors import UserError
 
 T = TypeVar("T")
 
 CHUNK = 200  # comparisons in memory at a time
-SENT_AGAIN: dict[str, Any] = {"created": "", "milliseconds": 0, "supersedes": None}  # may differ in the same vote
 
 
 class Store:
@@ -41,6 +50,7 @@ class Store:
     def __init__(self, path: str | Path, *, create: bool = True):
         self.path = Path(path)
         self._connection = open_store(self.path, create=create)
+        self._file = identity(self.path)
         self._lock = threading.RLock()
 
     def close(self) -> None:
@@ -74,7 +84,7 @@ class Store:
         with self._transaction():
             earlier = self._vote(vote.id)
             if earlier is not None:
-                return _same_vote(vote, earlier)
+                return same_vote(vote, earlier)
             comparison = self._comparison(vote.comparison)
             if comparison is None:
                 raise UserError(f"vote {vote.id}: there is no comparison {vote.comparison!r:.80}")
@@ -111,7 +121,12 @@ class Store:
         Args:
             scored_by: the reward model's run; the first score it gave an answer stays.
             scores: by answer id.
+
+        Raises:
+            UserError: a score is not a finite number.
         """
+        for answer, score in scores.items():
+            check_score(score, f"answer {answer}")
         with self._transaction():
             self._add_scores([(answer, scored_by, float(score)) for answer, score in scores.items()])
 
@@ -137,7 +152,7 @@ class Store:
                 for vote in votes:
                     earlier = self._vote(vote.id)
                     if earlier is not None:
-                        _same_vote(vote, earlier)
+                        same_vote(vote, earlier)
                         continue
                     if not vote.withdrawn:
                         check_vote(vote, comparison)
@@ -224,6 +239,11 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock, told(self.path):
+            if identity(self.path) != self._file:  # what is written to a deleted file is gone with this program
+                raise UserError(
+                    f"{self.path}: was moved, deleted or replaced while it was open; nothing was stored, "
+                    "put it back or start again"
+                )
             self._connection.execute("BEGIN IMMEDIATE")
             with self._connection:  # commits, or rolls back when the body raises
                 yield self._connection
@@ -246,7 +266,7 @@ class Store:
     def _add_comparison(self, comparison: Comparison) -> None:
         earlier = self._comparison(comparison.id)
         if earlier is not None:
-            if _unscored(earlier) != _unscored(comparison):
+            if as_json(unscored(earlier)) != as_json(unscored(comparison)):
                 raise UserError(f"comparison {comparison.id}: another comparison has this id; give it a new one")
             return
         if comparison.repeat_of is not None:
@@ -272,14 +292,3 @@ class Store:
             "ON CONFLICT (answer, scored_by) DO NOTHING",
             [(*row, now()) for row in rows],
         )
-
-
-def _same_vote(vote: Vote, earlier: Vote) -> Vote:
-    if replace(vote, **SENT_AGAIN) != replace(earlier, **SENT_AGAIN):
-        raise UserError(f"vote {vote.id}: another vote has this id and stays as it is; give this one a new id")
-    return earlier
-
-
-def _unscored(comparison: Comparison) -> Comparison:
-    bare = tuple(replace(answer, score=None, scored_by=None) for answer in comparison.answers)
-    return replace(comparison, answers=bare, created="")

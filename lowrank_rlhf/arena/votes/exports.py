@@ -160,14 +160,21 @@ def _write(folder: Path, files: dict[str, list[dict[str, Any]]], report: ExportR
     texts = {name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows) for name, rows in files.items()}
     texts[REPORT] = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
     texts[CARD] = data_card(report)
-    with _appearing(folder) as scratch:
-        for name, text in texts.items():
-            if text:
-                with (scratch / name).open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-        _check_free(folder, overwrite)  # once more: somebody else may have written it meanwhile
+    try:
+        with _appearing(folder) as scratch:
+            for name, text in texts.items():
+                if text:
+                    _write_file(scratch / name, text)
+            _check_free(folder, overwrite)  # once more: somebody else may have written it meanwhile
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); what was there is as it was") from error
+
+
+def _write_file(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -175,10 +182,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     """A scratch folder beside `target` whose place it takes when the block ends without an error."""
     mark = new_id()[:8]
     scratch, old = (target.absolute().with_name(f".{target.name}.{mark}.{word}") for word in ("tmp", "old"))
-    try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror}); choose another folder") from error
+    scratch.mkdir(parents=True)
     try:
         yield scratch
         if target.exists():

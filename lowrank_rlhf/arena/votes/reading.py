@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from lowrank_rlhf.arena.votes.records import Answer, Comparison, Decoding, Speaker, Vote
+from lowrank_rlhf.arena.votes.records import Answer, Comparison, Decoding, Speaker, Vote, as_json
+from lowrank_rlhf.errors import UserError
 
 KEY = ("annotator", "kind", "answer")  # of the votes on a comparison, the last one of each stands
+SENT_AGAIN: dict[str, Any] = {"created": "", "milliseconds": 0, "supersedes": None}  # may differ in the same vote
 
 
 def comparison_from(record: dict[str, Any]) -> Comparison:
@@ -60,3 +62,20 @@ def scored(comparison: Comparison, connection: sqlite3.Connection) -> Comparison
     if not later:
         return comparison
     return replace(comparison, answers=tuple(replace(a, **later.get(a.id, {})) for a in comparison.answers))
+
+
+def same_vote(vote: Vote, earlier: Vote) -> Vote:
+    """The vote that is stored, where one of its id comes again.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if as_json(replace(vote, **SENT_AGAIN)) != as_json(replace(earlier, **SENT_AGAIN)):
+        raise UserError(f"vote {vote.id}: another vote has this id and stays as it is; give this one a new id")
+    return earlier
+
+
+def unscored(comparison: Comparison) -> Comparison:
+    """What of a comparison is the same however often it is sent."""
+    bare = tuple(replace(answer, score=None, scored_by=None) for answer in comparison.answers)
+    return replace(comparison, answers=bare, created="")

@@ -99,13 +99,14 @@ MEANINGS = {
 }
 
 
-def connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
     """A connection as every part uses it; transactions are begun by hand.
 
     Raises:
         sqlite3.Error: see `told`.
     """
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+    connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA synchronous = FULL")
@@ -128,7 +129,7 @@ def open_store(path: Path, *, create: bool) -> sqlite3.Connection:
             raise UserError(f"{path}: there is no such file; give the store the app wrote (its --store)")
         _make_folder(path)
     with told(path):
-        connection = connect(path)
+        connection = connect(path, create=create)
         try:
             _check(path, connection)
             return connection
@@ -198,3 +199,12 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > until:
                 raise
             time.sleep(0.02)
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """Which file has this name now."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -55,6 +55,7 @@ class Conversation:
         latest: the last turn, None before the first and after `undo`, `clear` and `adopt`.
         scores: of the latest turn's answers, in the columns' order; () where no reward model scored them.
         busy: from `begin` until the answers are there.
+        asking: the prompt that `begin` was called with.
     """
 
     def __init__(self) -> None:
@@ -64,8 +65,8 @@ class Conversation:
         self.latest: Turn | None = None
         self.scores: tuple[float, ...] = ()
         self.scored_by: str | None = None
-        self.busy = False
-        self._stopping = False
+        self.busy = self._stopping = False
+        self.asking = ""
         self._attempt, self._shown = 0, 0.0
         self._comparison: Comparison | None = None
 
@@ -107,6 +108,13 @@ class Conversation:
         """Whether names and scores are not to be shown now."""
         return self.blind and not self.revealed
 
+    @property
+    def names(self) -> list[str]:
+        """Who spoke last in each column, or speaks now; settings chosen since then count from the next turn on."""
+        if self.latest is None or self.busy:
+            return [column.speaker for column in self.columns]
+        return [request.speaker for request in self.latest.requests]
+
     def reveal(self) -> None:
         """Show who answered; the next `settle` starts a new conversation if it is to be blind."""
         self.revealed = True
@@ -116,14 +124,17 @@ class Conversation:
         """Of the column that has most; those added later have fewer."""
         return max(len(column.messages) // 2 for column in self.columns)
 
-    def begin(self) -> None:
+    def begin(self, asking: str = "") -> None:
         """Claim the conversation for one `say` or `regenerate`, so that a stop asked while it waits is heard.
+
+        Args:
+            asking: the prompt, kept for whoever calls `say` when the model is free.
 
         Raises:
             UserError: it is claimed already.
         """
         self._idle()
-        self.busy, self._stopping = True, False
+        self.busy, self._stopping, self.asking = True, False, asking
 
     def stop(self) -> None:
         """End the answers that are being written, of this conversation only; what there is of them is kept."""

@@ -16,6 +16,8 @@ from lowrank_rlhf.arena.pages.compare_who import NO_REWARD, Who
 from lowrank_rlhf.errors import UserError
 
 MODEL = "model"  # the concurrency_id of every event that uses the base
+# In a blind conversation the next key is a vote; otherwise it is the next prompt
+LEAVE_THE_BOX = "(blind) => { if (blind) document.activeElement?.blur(); }"
 PAUSE_SECONDS = 0.08  # between two updates of a page while an answer grows
 
 Updates = dict[Any, Any]  # component → its new value, as gradio takes them
@@ -34,7 +36,7 @@ class Compare:
         self.conversation = gr.State(Conversation())
         self.who = Who(arena)
         with gr.Row(elem_classes="sides", equal_height=True):
-            self.columns, self.pasts, self.lives = zip(*map(_side, range(MAX_COLUMNS)), strict=True)
+            self.columns, self.heads, self.pasts, self.lives = zip(*map(_side, range(MAX_COLUMNS)), strict=True)
         self.note = sides.text_box(elem_id="compare-note", elem_classes=["message-line"])
         self.ballot = Ballot(arena)
         self.prompt = gr.Textbox(
@@ -51,14 +53,16 @@ class Compare:
             self.halt = gr.Button(
                 "Stop", variant="stop", elem_id="compare-stop", size="md", min_width=80, interactive=False
             )
-            self.again = gr.Button("Regenerate", elem_id="compare-regenerate", size="md", min_width=110)
+            self.again = gr.Button(
+                "Regenerate", elem_id="compare-regenerate", elem_classes=["key", "key-r"], size="md", min_width=110
+            )
             self.back = gr.Button("Undo", elem_id="compare-undo", size="md", min_width=80)
             self.anew = gr.Button("Clear", elem_id="compare-clear", size="md", min_width=80)
         self._wire()
 
     def _wire(self) -> None:
         state, who = self.conversation, self.who
-        shown = [*self.columns, *self.pasts, *self.lives, self.note, self.ballot.group, *self.ballot.shown]
+        shown = [*self.columns, *self.heads, *self.pasts, *self.lives, self.note, self.ballot.group, *self.ballot.shown]
         buttons = [self.send, self.halt, self.again, self.back, self.anew, who.count, who.blind]
         everything = [*shown, *buttons, self.prompt]
         model = {
@@ -73,8 +77,9 @@ class Compare:
             ([self.again.click], self.begin_again, self.regenerate),
         ):
             begun = gr.on(triggers, begin, [state, self.prompt, *who.settings], everything, **store)
-            answered = begun.then(answer, [state, self.prompt, who.reward], everything, **model)
+            answered = begun.then(answer, [state, who.reward], everything, **model)
             answered.then(self.finish, [state], everything, **store)
+            begun.then(None, [who.blind], None, js=LEAVE_THE_BOX, **store)
         self.halt.click(self.stop, [state], None, **store)
         self.back.click(self.undo, [state], everything, **store)
         self.anew.click(self.clear, [state], everything, **store)
@@ -85,27 +90,37 @@ class Compare:
     # Events
 
     def begin(self, conversation: Conversation, prompt: str, *settings: Any) -> Updates:
-        """Claim the conversation; `say` follows, and does nothing where this failed."""
+        """Claim the conversation for a prompt; `say` follows, and does nothing where this failed."""
         if not prompt.strip():
             return self.say_problem("The prompt is empty: write what they are to answer.")
-        return self._begin(lambda: conversation.settle(*self.who.read(settings)), conversation)
+        try:
+            conversation.settle(*self.who.read(settings))
+            conversation.begin(prompt)
+        except UserError as error:
+            return self.say_problem(str(error))
+        return self._begun(conversation) | {self.prompt: ""}
 
     def begin_again(self, conversation: Conversation, _: str, *settings: Any) -> Updates:
-        """Like `begin`; a conversation whose names were revealed goes on with them."""
-        if not conversation.turns:
-            return self.say_problem("There is nothing to answer again yet: send a prompt first.")
-        keep = conversation.revealed or len(self.who.read(settings)[0]) != len(conversation.columns)
-        return self._begin(lambda: None if keep else conversation.settle(*self.who.read(settings)), conversation)
+        """Like `begin`, for the latest prompt; a conversation whose names were revealed goes on with them."""
+        try:
+            chosen = self.who.read(settings)
+            if not conversation.revealed and len(chosen[0]) == len(conversation.columns):
+                conversation.settle(*chosen)
+            conversation.begin()
+        except UserError as error:
+            return self.say_problem(str(error))
+        return self._begun(conversation)
 
-    def say(self, conversation: Conversation, prompt: str, reward: str | None) -> Iterator[Updates]:
+    def say(self, conversation: Conversation, reward: str | None) -> Iterator[Updates]:
+        prompt = conversation.asking
         yield from self._answer(conversation, lambda: conversation.say(prompt, self.arena.engine), reward, prompt)
 
-    def regenerate(self, conversation: Conversation, _: str, reward: str | None) -> Iterator[Updates]:
+    def regenerate(self, conversation: Conversation, reward: str | None) -> Iterator[Updates]:
         yield from self._answer(conversation, lambda: conversation.regenerate(self.arena.engine), reward)
 
     def finish(self, conversation: Conversation) -> Updates:
-        """Give the buttons back, also after an answer that failed."""
-        return self._buttons(conversation.busy) | self.ballot.open(conversation)
+        """Show what there is now and give the buttons back, also after an answer that failed."""
+        return self.show(conversation) | self._buttons(conversation.busy) | self.ballot.open(conversation)
 
     def stop(self, conversation: Conversation) -> None:
         conversation.stop()
@@ -127,22 +142,17 @@ class Compare:
     def show(self, conversation: Conversation) -> Updates:
         """All columns as they are."""
         updates: Updates = {}
-        for at, (column, past, live) in enumerate(zip(self.columns, self.pasts, self.lives, strict=True)):
+        for at, column in enumerate(self.columns):
             there = at < len(conversation.columns)
             updates[column] = gr.update(visible=there)
-            updates[past] = view.past(conversation, at) if there else ""
-            updates[live] = view.live(conversation, at) if there else ""
+            for boxes, what in ((self.heads, view.head), (self.pasts, view.past), (self.lives, view.live)):
+                updates[boxes[at]] = what(conversation, at) if there else ""
         return updates
 
     def say_problem(self, text: str) -> Updates:
         return {self.note: sides.note(text, problem=True)}
 
-    def _begin(self, prepare: Callable[[], None], conversation: Conversation) -> Updates:
-        try:
-            prepare()
-            conversation.begin()
-        except UserError as error:
-            return self.say_problem(str(error))
+    def _begun(self, conversation: Conversation) -> Updates:
         return self.show(conversation) | self._buttons(True) | self.ballot.close() | {self.note: ""}
 
     def _answer(
@@ -152,26 +162,23 @@ class Compare:
         reward: str | None,
         prompt: str | None = None,
     ) -> Iterator[Updates]:
+        """The growing answers, and at the end a problem if there was one."""
         if not conversation.busy:  # its begin failed
             yield {self.note: gr.skip()}
             return
-        lives = self.lives[: len(conversation.columns)]
-        yield {live: view.waiting() for live in lives}
-        begun, shown = False, 0.0
+        count, shown = len(conversation.columns), 0.0
+        yield {self.lives[at]: view.waiting() for at in range(count)} | {
+            self.pasts[at]: view.past(conversation, at, prompt) for at in range(count) if prompt is not None
+        }
         try:
             for answers in ask():
-                updates: Updates = {}
-                if not begun and prompt is not None:
-                    updates = {past: view.past(conversation, at, prompt) for at, past in self._pasts(conversation)}
-                    updates[self.prompt] = ""
-                if not begun or time.monotonic() - shown >= PAUSE_SECONDS:
-                    begun, shown = True, time.monotonic()
-                    lively = zip(lives, answers, strict=True)
-                    yield updates | {live: view.live(conversation, at, a) for at, (live, a) in enumerate(lively)}
-            problem = self._score(conversation, reward)
+                if time.monotonic() - shown >= PAUSE_SECONDS:
+                    shown = time.monotonic()
+                    yield {self.lives[at]: view.live(conversation, at, answer) for at, answer in enumerate(answers)}
         except UserError as error:
-            problem = self.say_problem(str(error)) | ({self.prompt: prompt} if prompt and begun else {})
-        yield self.show(conversation) | problem
+            yield self.say_problem(str(error)) | ({self.prompt: prompt} if prompt else {})
+            return
+        yield {self.lives[at]: view.live(conversation, at) for at in range(count)} | self._score(conversation, reward)
 
     def _score(self, conversation: Conversation, reward: str | None) -> Updates:
         """Score the latest answers; a reward model that cannot is a note, not a failure of the turn."""
@@ -190,20 +197,17 @@ class Compare:
             return self.say_problem(str(error))
         return self.show(conversation) | self.ballot.open(conversation) | {self.note: ""} | updates
 
-    def _pasts(self, conversation: Conversation) -> Iterator[tuple[int, gr.HTML]]:
-        return enumerate(self.pasts[: len(conversation.columns)])
-
     def _buttons(self, busy: bool) -> Updates:
         idle = [self.send, self.again, self.back, self.anew, self.who.count, self.who.blind]
         return {button: gr.update(interactive=not busy) for button in idle} | {self.halt: gr.update(interactive=busy)}
 
 
-def _side(at: int) -> tuple[gr.Column, gr.HTML, gr.HTML]:
-    """The frame of a column: its turns so far and, apart, the answer that grows, which alone is sent at every token."""
-    conversation = Conversation()
+def _side(at: int) -> tuple[gr.Column, gr.HTML, gr.HTML, gr.HTML]:
+    """The frame of a column: who it is, its turns so far and, apart, the answer that grows, sent at every token."""
     with gr.Column(
         min_width=250, elem_classes="side side-column", visible=at < 2, elem_id=f"compare-side-{'abcd'[at]}"
     ) as side:
-        past = sides.text_box(view.past(conversation, 0) if at == 0 else "")
-        live = sides.text_box(live=True)
-    return side, past, live
+        head = sides.text_box(view.letter(at), elem_classes=["side-head"])
+        past = sides.text_box()
+        live = sides.text_box(view.nothing(at), live=True)
+    return side, head, past, live

@@ -6,23 +6,27 @@ from lowrank_rlhf.arena.pages import sides
 from lowrank_rlhf.arena.votes.records import Message
 
 LETTERS = "ABCD"
-SHORT_WAIT = 20_000  # characters of a prompt that is shown before anything has read it
+LONGEST_PREVIEW = 2_000  # characters of a prompt that is shown before the engine has taken it
+
+
+def letter(column: int, name: str = "") -> str:
+    """The heading of a column."""
+    spans = f'<span class="letter">{LETTERS[column]}</span><span class="name">{sides.plain(name)}</span>'
+    return f'<div class="label">{spans}</div>'
+
+
+def head(conversation: Conversation, column: int) -> str:
+    """The letter of a column, and who it is as far as that may be known."""
+    return letter(column, "" if conversation.hidden else conversation.names[column])
 
 
 def past(conversation: Conversation, column: int, asking: str | None = None) -> str:
-    """Who a column is, as far as that may be known, and its turns up to the answer that `live` shows.
-
-    Args:
-        asking: the prompt that is being answered; None where nothing is.
-    """
+    """A column's turns up to the answer that `live` shows; `asking` is the prompt that is being answered."""
     messages: list[Message] = list(conversation.columns[column].messages)
-    if asking is not None:
-        messages.append({"role": "user", "content": asking})
-    elif messages:
-        messages.pop()
-    name = "" if conversation.hidden else conversation.columns[column].speaker
-    heading = f'<span class="letter">{LETTERS[column]}</span><span class="name">{sides.plain(name)}</span>'
-    return f'<div class="label">{heading}</div>{sides.turns(messages)}'
+    if asking is None:
+        return sides.turns(messages[:-1])
+    short = asking if len(asking) <= LONGEST_PREVIEW else asking[:LONGEST_PREVIEW] + " …"
+    return sides.turns([*messages, {"role": "user", "content": short}])
 
 
 def live(conversation: Conversation, column: int, progress: Progress | None = None) -> str:
@@ -32,11 +36,16 @@ def live(conversation: Conversation, column: int, progress: Progress | None = No
         return _turn(progress.text, state, figures(progress))
     messages = conversation.columns[column].messages
     if not messages:
-        return ""
+        return nothing(column)
     foot = ""
     if conversation.latest is not None:
         foot = " · ".join(filter(None, [figures(conversation.latest.answers[column]), _score(conversation, column)]))
     return _turn(messages[-1]["content"], "done", foot)
+
+
+def nothing(column: int) -> str:
+    """A column before its first turn; the first one says what to do."""
+    return sides.empty("Write a prompt below: all columns answer it at once.") if column == 0 else ""
 
 
 def waiting() -> str:
@@ -60,8 +69,7 @@ def figures(progress: Progress) -> str:
 
 def revealed(conversation: Conversation) -> str:
     """Who was who, for the note under a vote."""
-    scored = [f"{LETTERS[at]} is {column.speaker}" for at, column in enumerate(conversation.columns)]
-    return ", ".join(scored)
+    return ", ".join(f"{LETTERS[at]} is {name}" for at, name in enumerate(conversation.names))
 
 
 def _score(conversation: Conversation, column: int) -> str:

@@ -1,21 +1,22 @@
 """The vote under the compare tab's columns: thumbs for one answer, a choice of two, ranks of three and four."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from lowrank_rlhf.arena.arena import Arena
 from lowrank_rlhf.arena.chat.conversation import MAX_COLUMNS, Conversation
+from lowrank_rlhf.arena.pages import ballot, sides
 from lowrank_rlhf.arena.pages import compare_view as view
-from lowrank_rlhf.arena.pages import sides
-from lowrank_rlhf.arena.votes.records import REASONS, STRENGTHS, Vote
+from lowrank_rlhf.arena.votes.records import Vote
 from lowrank_rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_rlhf.arena.pages.compare import Compare
 
-CHOICES = {"a": "A is better", "b": "B is better", "tie": "Tie", "both_bad": "Both bad"}
+DECIDED = ("a", "b")  # the choices that can be strong
 THUMBS = {True: "👍 Good", False: "👎 Bad"}
 ALONE, PAIR = 1, 2
 
@@ -30,47 +31,27 @@ class Ballot:
 
     def __init__(self, arena: Arena):
         self.arena = arena
-        with gr.Column(visible=False, elem_id="compare-vote", elem_classes="ballot") as self.group:
-            with gr.Row(visible=False, elem_classes="buttons") as self.pair:
-                self.choices = {
-                    c: gr.Button(t, size="md", min_width=110, elem_id=f"compare-{c}") for c, t in CHOICES.items()
-                }
-            with gr.Row(visible=False, elem_classes="buttons") as self.alone:
+        with gr.Column(visible=False, elem_id="compare-vote") as self.group:
+            with gr.Column(visible=False) as self.pair:
+                self.choices = ballot.choice_buttons("compare")
+                strength = ballot.strength_field("compare")
+            with gr.Row(visible=False, elem_classes="ballot-buttons") as self.alone:
                 self.thumbs = {up: gr.Button(text, size="md", min_width=110) for up, text in THUMBS.items()}
             with gr.Column(visible=False) as self.ranking:
                 with gr.Row(elem_classes="ranks"):
-                    self.ranks = [
-                        gr.Radio(
-                            [1, 2, 3, 4], label=f"{view.LETTERS[at]}: rank", min_width=150, elem_id=f"compare-rank-{at}"
-                        )
-                        for at in range(MAX_COLUMNS)
-                    ]
-                self.rank = gr.Button("Save the ranking", size="md", min_width=110, elem_id="compare-rank")
-            with gr.Accordion("How much better, why, and by whom", open=False):
-                with gr.Row():
-                    strengths = [(text, strength) for strength, text in STRENGTHS.items()]
-                    self.strength = gr.Radio(strengths, label="Strength (of A or B)", min_width=250)
-                    self.annotator = gr.Textbox(
-                        "me", label="Your name", visible=not arena.options.logins, min_width=160
-                    )
-                self.reasons = gr.CheckboxGroup(list(REASONS), label="Reasons")
-                self.comment = gr.Textbox(label="Comment", max_lines=4)
-            with gr.Row(elem_classes="buttons", visible=False) as self.adopting:
-                self.adopt = [
-                    gr.Button(
-                        f"Go on from {letter}", size="sm", min_width=110, elem_id=f"compare-adopt-{letter.lower()}"
-                    )
-                    for letter in view.LETTERS
-                ]
-        self.shown = [self.pair, self.alone, self.ranking, self.adopting, *self.ranks, *self.adopt, *self._details]
-
-    @property
-    def _details(self) -> list[Any]:
-        return [self.strength, self.reasons, self.comment]
+                    self.ranks = [_rank(at) for at in range(MAX_COLUMNS)]
+                self.rank = gr.Button("Save the ranking", variant="primary", min_width=110, elem_id="compare-rank")
+            with gr.Accordion("Why, and by whom", open=False):
+                reasons, comment = ballot.reason_fields("compare")
+                self.annotator = gr.Textbox("me", label="Your name", visible=not arena.options.logins)
+            with gr.Row(elem_classes="ballot-buttons", visible=False) as self.adopting:
+                self.adopt = [_adopt(letter) for letter in view.LETTERS]
+        self.fields = ballot.DetailFields(strength, reasons, comment)
+        self.shown = [self.pair, self.alone, self.ranking, self.adopting, *self.ranks, *self.adopt, *self.fields.inputs]
 
     def wire(self, page: "Compare", outputs: list[Any], event: dict[str, Any]) -> None:
         """Connect the buttons; `page` shows the conversation."""
-        state, details = page.conversation, [self.annotator, *self._details]
+        state, details = page.conversation, [self.annotator, *self.fields.inputs]
         for choice, button in self.choices.items():
             button.click(self._voter(page, kind="pair", choice=choice), [state, *details], outputs, **event)
         for up, button in self.thumbs.items():
@@ -95,7 +76,7 @@ class Ballot:
             box: gr.update(visible=at < count, choices=list(range(1, count + 1)), value=None)
             for at, box in enumerate(self.ranks)
         }
-        return updates | ranks | {self.strength: None, self.reasons: [], self.comment: ""}
+        return updates | ranks | dict(zip(self.fields.inputs, (None, [], ""), strict=True))
 
     def close(self) -> dict[Any, Any]:
         """Nothing can be voted on while answers are being written."""
@@ -106,17 +87,17 @@ class Ballot:
             conversation: Conversation,
             name: str,
             strength: int | None,
-            reasons: list[str],
-            comment: str,
+            reasons: list[str] | None,
+            comment: str | None,
             *ranks: int | None,
             request: gr.Request = None,  # type: ignore[assignment]  # gradio fills it in
         ) -> dict[Any, Any]:
             who = (request.username if request else None) or name
-            details = {"reasons": tuple(reasons), "comment": comment}
-            if what.get("choice") in ("a", "b"):
-                details["strength"] = strength
+            given = asdict(ballot.details(strength, reasons, comment))
+            if what.get("choice") not in DECIDED:
+                del given["strength"]
             try:
-                self._save(conversation, who, ranks, what | details)
+                self._save(conversation, who, ranks, what | given)
             except UserError as error:
                 return page.say_problem(str(error))
             conversation.reveal()
@@ -137,3 +118,15 @@ class Ballot:
         self.arena.store.save_comparison(comparison)
         vote = Vote(comparison.id, comparison.annotator, milliseconds=conversation.since_shown(), **what)
         self.arena.store.save_vote(vote)
+
+
+def _rank(at: int) -> gr.Radio:
+    label = f"{view.LETTERS[at]}: rank (1 is best)"
+    return gr.Radio(list(range(1, MAX_COLUMNS + 1)), label=label, min_width=150, elem_id=f"compare-rank-{at}")
+
+
+def _adopt(letter: str) -> gr.Button:
+    """Continues every column from one, so that the answers of the next turn are to the same prompt."""
+    return gr.Button(
+        f"Go on from {letter} everywhere", size="sm", min_width=110, elem_id=f"compare-adopt-{letter.lower()}"
+    )

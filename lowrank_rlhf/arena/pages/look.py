@@ -54,6 +54,9 @@ CSS = """
 .side .turn.assistant:last-child { margin-bottom: 0; }
 .side-column { gap: 4px; max-height: 70vh; overflow-y: auto; flex-wrap: nowrap !important; }
 .side-column > * { flex: 0 0 auto; }
+.side-column > .side-head { position: sticky; top: -12px; z-index: 2; padding: 4px 0; margin: -4px 0;
+  background: var(--background-fill-primary); }
+.side-head .label { margin: 0; }
 .flush .html-container { padding: 0; }
 .side-column .turn.user { margin-top: 4px; }
 .side.chosen { border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent); }
@@ -97,7 +100,7 @@ CSS = """
 .message-line:not(:has(.note)) { display: none; }
 .buttons { gap: 8px; }
 .toolbar { align-items: end; }
-.ranks .wrap { gap: 4px; flex-wrap: nowrap; }
+.ranks .wrap { gap: 4px; }
 .ranks .wrap label { padding: 4px 7px; }
 .scroll-x { overflow-x: auto; max-width: 100%; }
 kbd { font-family: var(--font-mono); font-size: .85em; padding: 0 .35em; border-radius: 4px;

@@ -46,7 +46,7 @@ button.key::after { display: inline-block; margin-inline-start: .6em; min-width:
   border: 1px solid currentColor; opacity: .55; font: .8em/1.5 var(--font-mono); text-align: center; }
 button.key-1::after { content: "1"; } button.key-2::after { content: "2"; } button.key-3::after { content: "3"; }
 button.key-4::after { content: "4"; } button.key-r::after { content: "r"; } button.key-n::after { content: "n"; }
-@media (hover: none) { button.key::after { display: none; } }
+@media (max-width: 640px) { button.key::after { display: none; } }
 """
 
 HEAD = f"<style>{STYLE}</style><script>{KEYS}</script>"

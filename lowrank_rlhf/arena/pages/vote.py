@@ -47,9 +47,9 @@ class VotingPage:
                 label="Your name", placeholder="kept with your votes", max_length=100, elem_id="vote-name", scale=4
             )
             self.begin = gr.Button("Begin", variant="primary", elem_id="vote-begin", min_width=110, scale=1)
-        self.note = sides.text_box(elem_id="vote-note")
         self.prompt = sides.text_box(elem_id="vote-prompt")
         self.answers = Answers(self.count)
+        self.note = sides.text_box(elem_id="vote-note")
         with gr.Column(visible=False, elem_id="vote-ballot") as self.ballot:
             self.strength = ballot.strength_field("vote", visible=self.count == 2)
             self.choices = ballot.choice_buttons("vote") if self.count == 2 else {}
@@ -114,7 +114,7 @@ class VotingPage:
         """The page as it opens: where the annotator left off, if it is known who that is."""
         if not (request.username or name):
             return {self.name: gr.skip()}
-        updates = self._event(Seat.next)(name, request=request)
+        updates = self._event(Seat.next)(name, request)
         return updates | {self.name: name}
 
     def write(self, name: str, request: gr.Request) -> Iterator[Updates]:
@@ -163,6 +163,7 @@ class VotingPage:
             self.again: state in ("asked", "shown"),
             self.skip: state in ("asked", "shown"),
             self.own: state != "empty",
+            self.who: False,
             **self.answers.visible(state),
         }
         texts = view.answers(seat, self.count)
@@ -180,7 +181,7 @@ class VotingPage:
     def _event(self, step: Step) -> Callable[..., Updates]:
         """An event that takes a step with the session's seat, and shows what came of it."""
 
-        def event(name: str, *values: Any, request: gr.Request) -> Updates:
+        def event(name: str, request: gr.Request, *values: Any) -> Updates:  # gradio fills request in by its place
             try:
                 seat = self.seat(name, request)
                 before = seat.comparison
@@ -200,7 +201,7 @@ class VotingPage:
 
     def _shown(self) -> list[Any]:
         buttons = [self.onward, self.undo, self.stop, self.again, self.skip]
-        texts = [self.top, self.guidelines, self.name, self.note, self.prompt, *self.answers.outputs]
+        texts = [self.top, self.guidelines, self.who, self.name, self.note, self.prompt, *self.answers.outputs]
         return [*texts, self.ballot, *buttons, self.improving.group, self.own, self.question]
 
 

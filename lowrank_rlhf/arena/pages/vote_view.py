@@ -15,9 +15,14 @@ def top(name: str | None, progress: tuple[int, int], signed_in: bool) -> str:
     done, total = progress
     bar = ""
     if total:
-        bar = f'<progress max="{total}" value="{done}"></progress><span class="count">{done} of {total}</span>'
+        bar = f'<div class="bar"><i style="width:{100 * done / total:.0f}%"></i></div>'
+        bar += f'<span class="count">{done} of {total}</span>'
     who = f'<span class="who">{sides.plain(name)}</span>' if name else ""
-    out = '<a href="/logout">Sign out</a>' if signed_in else ""
+    out = ""
+    if signed_in:
+        out = '<a href="/logout">Sign out</a>'
+    elif name:
+        out = """<a href="" onclick="localStorage.removeItem('annotator')">Change name</a>"""
     return f'<div class="vote-top"><h1>Which answer is better?</h1>{bar}{who}{out}</div>'
 
 

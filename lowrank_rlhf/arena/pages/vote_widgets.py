@@ -12,17 +12,23 @@ from lowrank_rlhf.errors import UserError
 
 STYLE = """
 .vote-top { display: flex; flex-wrap: wrap; align-items: center; gap: 4px 14px; color: var(--body-text-color); }
-.vote-top h1 { font-size: 1.25em; font-weight: 700; margin: 0 auto 0 0; }
-.vote-top progress { width: 120px; height: 8px; accent-color: var(--color-accent); }
+.vote-top h1 { font-size: 1.25em; font-weight: 700; margin: 0 auto 0 0; color: inherit; }
+.vote-top .bar { width: 120px; height: 8px; border-radius: 4px; overflow: hidden;
+  background: var(--border-color-primary); }
+.vote-top .bar i { display: block; height: 100%; background: var(--color-accent); }
 .vote-top .count { font-variant-numeric: tabular-nums; }
 .vote-top .who, .vote-top a { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .vote-top a { text-decoration: underline; }
-.vote-answer .side { height: 100%; }
+.vote-answer { gap: 8px; }
 .vote-answer .answer-actions { gap: 6px; flex-wrap: nowrap; }
-#vote-who button { align-self: end; }
+.vote-answer .answer-actions button { flex-grow: 0; font-weight: 400; background: none;
+  border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); }
+.vote-answer .answer-actions button:hover { color: var(--body-text-color); border-color: var(--color-accent); }
+#vote-who { align-items: end; }
+@media (max-width: 640px) { .vote-top h1 { width: 100%; } .vote-top .bar { flex: 1; } }
 """
 HEAD = ballot.HEAD + f"<style>{STYLE}</style>"
-THUMBS = {True: "👍 Good", False: "👎 Bad"}
+THUMBS = {True: "Good", False: "Bad"}
 FindSeat = Callable[[str, gr.Request], Seat]
 
 
@@ -35,6 +41,7 @@ def labelled(text: str, name: str, key: str = "", variant: Any = "secondary") ->
         elem_id=name,
         elem_classes=["key", f"key-{key}"] if key else None,
         min_width=110,
+        scale=1 if variant == "primary" else 0,
     )
 
 
@@ -71,8 +78,8 @@ class Answers:
                 gr.Radio(ranks, label=f"Rank of {letter} (1 is the best)", visible=False, elem_id=f"vote-rank-{index}")
             )
         with gr.Row(visible=False, elem_classes="answer-actions") as row:
-            self.thumbs.append({up: gr.Button(text, size="sm", min_width=80) for up, text in THUMBS.items()})
-            self.improve.append(gr.Button("Write a better one", size="sm", min_width=120))
+            self.thumbs.append({up: gr.Button(text, size="sm", min_width=64, scale=0) for up, text in THUMBS.items()})
+            self.improve.append(gr.Button("Write a better one", size="sm", min_width=150, scale=0))
         self.actions.append(row)
 
     def visible(self, state: str) -> dict[Any, bool]:

@@ -12,7 +12,7 @@ from lowrank_rlhf.arena.pages.standings import standings_tab
 CSS = """
 .top { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 18px; color: var(--body-text-color); }
 .top b { font-size: 1.15em; } .top a, a.download { color: var(--color-accent); text-decoration: underline; }
-@media (max-width: 640px) { .tab-container button[role=tab] { padding-inline: 8px; font-size: var(--text-sm); } }
+@media (max-width: 640px) { .tab-container button { padding-inline: 8px; font-size: var(--text-sm); } }
 .top span { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 """
 

@@ -249,6 +249,15 @@ def test_where_the_policy_started_from_a_run_it_has_that_runs_options(runs):
     assert "started from gone" in problems(catalog)["checkpoints"]
 
 
+def test_checkpoints_of_trls_trainers_are_found_too(runs):
+    folder = runs / "ppo/checkpoints/step-000020"
+    (folder / "state.pt").rename(folder / "roles.pt")
+    edit(runs / "ppo", lambda info: info.update(stage="kto"))
+    assert find(runs).speakers["ppo step 20"].weights == folder / "roles.pt"
+    edit(runs / "ppo", lambda info: info.update(stage="reward"))  # whose checkpoints answer nothing
+    assert "ppo step 5" not in find(runs).speakers
+
+
 # Adapters from elsewhere
 
 

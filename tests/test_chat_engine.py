@@ -12,6 +12,7 @@ from chat_runs import TINY, fill, write_run
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from lowrank_rlhf.arena.chat import decoding as decoding_module
 from lowrank_rlhf.arena.chat.catalog import find
 from lowrank_rlhf.arena.chat.decoding import Batch, Row
 from lowrank_rlhf.arena.chat.engine import Engine, Progress, Request
@@ -104,6 +105,20 @@ def test_mixed_logits_equal_separate_ones_at_the_same_padded_shape(monkeypatch):
         with torch.no_grad(), backbone.use(role) as model:
             output = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False)
         assert_close(seen[row], output.logits[row, -1].float(), rtol=0, atol=1e-6)
+
+
+def test_long_prompts_are_read_in_pieces_between_which_a_stop_is_heard(engine, monkeypatch):
+    prompts = [HI, [{"role": "user", "content": "a long one " * 40}]]
+    requests = [Request("sft", prompts[0], GREEDY), Request("dpo", prompts[1], GREEDY)]
+    whole = list(engine.stream(requests))
+    monkeypatch.setattr(decoding_module, "PREFILL_COLUMNS", 64)  # of the short one the first are padding
+    pieces = list(engine.stream(requests))
+    assert [a.text for a in pieces[-1]] == [a.text for a in whole[-1]]
+    assert len(pieces) == 12
+    asked = iter(range(100))
+    stopped = list(engine.stream(requests, lambda: next(asked) == 2))
+    assert [[(a.tokens, a.stopped, a.text) for a in answers] for answers in stopped] == [[(0, True, "")] * 2]
+    assert_nothing_is_left(engine)
 
 
 def test_one_list_per_token_all_growing_together(engine):

@@ -16,6 +16,9 @@ from lowrank_rlhf.data.batches import pad_left
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.rollout import sampling_warpers, state_argument
 
+# Columns of the prompts that one forward reads: a stop is heard between two, and attention masks stay small
+PREFILL_COLUMNS = 512
+
 
 @dataclass
 class Row:
@@ -74,23 +77,23 @@ class Batch:
         self.ids: Tensor = ids.to(model.device)
         self.positions: Tensor = (mask.cumsum(dim=1) - 1).clamp(min=0).to(model.device)
         self.mask: Tensor = mask.long().to(model.device)
+        self.read = 0  # columns that are in the cache
         self.modes = ExitStack()
         self._enter()
 
     @torch.no_grad()
-    def step(self) -> None:
-        """One token more for every row; those that are done with it leave."""
-        # A purely recurrent model has no column per token that a mask could hide once the prompt is read
-        masked = self.state_name == "past_key_values" or not self.rows[0].completion
-        output = self.backbone.model(
-            input_ids=self.ids,
-            attention_mask=self.mask if masked else None,
-            position_ids=self.positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{self.state_name: self.state},
-        )
-        logits = output.logits[:, -1].float().cpu()
+    def step(self) -> bool:
+        """One token more for every row, and those that are done leave; or some more of long prompts is read.
+
+        Returns:
+            whether the rows have grown.
+        """
+        # A recurrent state can be carried on by one token only
+        width = self.ids.shape[1] if getattr(self.backbone.model, "_is_stateful", False) else PREFILL_COLUMNS
+        logits = self._forward(self.ids[:, :width], self.positions[:, :width])
+        if self.ids.shape[1] > width:
+            self.ids, self.positions = self.ids[:, width:], self.positions[:, width:]
+            return False
         tokens = [row.take(logits[b]) for b, row in enumerate(self.rows)]
         self.ids = torch.tensor(tokens, device=self.ids.device).unsqueeze(1)
         self.positions = self.positions[:, -1:] + 1
@@ -100,11 +103,27 @@ class Batch:
             self._keep(going_on)
         elif not going_on:
             self.rows = []
+        return True
 
     def close(self) -> None:
         """Take the adapters off and forget the cache."""
         self.rows, self.state = [], None
         self.modes.close()
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """fp32 logits (B, V) after the next columns, on the CPU."""
+        # A purely recurrent model has no column per token that a mask could hide once the prompt is read
+        masked = self.state_name == "past_key_values" or not self.rows[0].completion
+        self.read += ids.shape[1]
+        output = self.backbone.model(
+            input_ids=ids,
+            attention_mask=self.mask[:, : self.read] if masked else None,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.state_name: self.state},
+        )
+        return output.logits[:, -1].float().cpu()
 
     def _keep(self, going_on: list[int]) -> None:
         kept = torch.tensor(going_on, device=self.ids.device)

@@ -126,9 +126,9 @@ class Engine:
         try:
             rows, batch = self._do(lambda: self._begin(requests, found))
             while batch.rows and not stop():
-                self._do(batch.step)
-                answers = self._progress(answers, rows, started)
-                yield answers
+                if self._do(batch.step):
+                    answers = self._progress(answers, rows, started)
+                    yield answers
             if not all(answer.done for answer in answers):
                 yield [answer if answer.done else replace(answer, done=True, stopped=True) for answer in answers]
         finally:

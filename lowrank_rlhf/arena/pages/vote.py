@@ -68,8 +68,8 @@ class VotingPage:
                 show_label=False, placeholder="A prompt", lines=2, max_lines=12, elem_id="vote-question"
             )
             self.ask = gr.Button("Ask", elem_id="vote-ask", min_width=110)
+        add_endpoints(seats, MODEL)  # first: a private event with a function of the same name would take theirs
         self._wire()
-        add_endpoints(seats, MODEL)
 
     def _wire(self) -> None:
         fields = ballot.DetailFields(self.strength, self.reasons, self.comment).inputs

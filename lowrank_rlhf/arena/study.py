@@ -218,9 +218,8 @@ class Study:
             models, chosen = self.models, list[str]()
             rng.shuffle(models)  # among those equally often used, any
             while len(chosen) < self.options.samples:
-                pool = [name for name in models if name not in chosen] or models
-                met = {name: sum(self._met[frozenset((name, other))] for other in chosen) for name in pool}
-                chosen.append(min(pool, key=lambda name: (met[name], self._used[name])))
+                met = {name: sum(self._met[frozenset((name, other))] for other in chosen) for name in models}
+                chosen.append(min(models, key=lambda name: (chosen.count(name), met[name], self._used[name])))
         return self._to(prompt, system, chosen, rng)
 
     def _to(self, prompt: Turns, system: str, speakers: list[str], rng: random.Random) -> Item:

@@ -20,6 +20,8 @@ STYLE = """
 .vote-top .who, .vote-top a { color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 .vote-top a { text-decoration: underline; }
 .vote-answer { gap: 8px; }
+.vote-answer div:has(.side) { display: flex; flex-direction: column; flex-grow: 1; }
+.vote-answer .side { flex-grow: 1; }
 .vote-answer .answer-actions { gap: 6px; flex-wrap: nowrap; }
 .vote-answer .answer-actions button { flex-grow: 0; font-weight: 400; background: none;
   border: 1px solid var(--border-color-primary); color: var(--body-text-color-subdued); }
@@ -40,7 +42,7 @@ def labelled(text: str, name: str, key: str = "", variant: Any = "secondary") ->
         visible=False,
         elem_id=name,
         elem_classes=["key", f"key-{key}"] if key else None,
-        min_width=110,
+        min_width=150 if key else 90,
         scale=1 if variant == "primary" else 0,
     )
 

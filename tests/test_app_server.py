@@ -14,6 +14,7 @@ from browser import chromium, needs_browser
 from chat_runs import write_run
 
 from lowrank_rlhf.arena.logins import add
+from lowrank_rlhf.arena.votes.database import Store
 from lowrank_rlhf.cli import main
 
 PASSWORD = "correct horse"
@@ -42,6 +43,7 @@ def work(tmp_path_factory):
     write_run(folder / "runs" / "ppo", "ppo", seed=1)
     (folder / "runs" / "torn").mkdir()
     (folder / "runs" / "torn" / "run.json").write_text("{torn")
+    (folder / "prompts.jsonl").write_text('{"prompt": "Why?"}\n{"prompt": "When?"}\n')
     add(folder / "logins.jsonl", "olga", PASSWORD, owner=True)
     add(folder / "logins.jsonl", "ana", PASSWORD)
     add(folder / "logins.jsonl", "ben", PASSWORD)
@@ -56,7 +58,8 @@ def app(work):
 
 @pytest.fixture(scope="module")
 def guarded(work):
-    with running("--store", "lab.db", "--logins", "logins.jsonl", "--host", "0.0.0.0", cwd=work) as served:
+    flags = ["--store", "lab.db", "--prompts", "prompts.jsonl", "--logins", "logins.jsonl", "--host", "0.0.0.0"]
+    with running(*flags, cwd=work) as served:
         yield served
 
 
@@ -162,6 +165,26 @@ def test_a_session_of_another_cannot_be_used(guarded):
         body = {**join, "event_id": "e"}
         assert ben.post(f"/vote/gradio_api/{path}", json=body).status_code == 403
     assert ben.get("/vote/gradio_api/queue/data", params={"session_hash": "session-of-ana"}).status_code == 403
+
+
+def test_a_vote_cannot_be_forged(guarded, work):
+    from gradio_client import Client
+
+    ana, ben = (Client(guarded.url + "vote/", auth=(name, PASSWORD), verbose=False) for name in ("ana", "ben"))
+    shown = ana.predict(api_name="/next")
+    assert shown["state"] == "shown"
+    forged = {"comparison": shown["comparison"], "choice": "a", "strength": 1, "api_name": "/vote"}
+    with pytest.raises(Exception, match="signed in as ben"):
+        ben.predict(annotator="ana", **forged)
+    with pytest.raises(Exception, match="comparison"):
+        ben.predict(**forged)
+    ben.session_hash = ana.session_hash
+    with pytest.raises(httpx.HTTPStatusError, match="403"):
+        ben.predict(**forged)
+    assert list(Store(work / "lab.db", create=False).judged()) == []
+    ana.predict(**{**forged, "choice": "b", "strength": 4})
+    [judged] = Store(work / "lab.db", create=False).judged()
+    assert [(vote.annotator, vote.choice, vote.strength) for vote in judged.votes] == [("ana", "b", 4)]
 
 
 @needs_browser

@@ -80,7 +80,7 @@ class Seat:
         """
         with self._lock:
             self._idle()
-            self._take(self.arena.study.free(prompt))
+            self._take(self.arena.study.free(prompt or ""))
 
     def regenerate(self) -> None:
         """Have the same models answer the same prompt again, before the vote.
@@ -164,7 +164,7 @@ class Seat:
             UserError: there is no such answer, or the text is empty, the same, or too long.
         """
         comparison = self._of(of)
-        answer, text = _answer_at(comparison, index), text.encode("utf-8", "replace").decode()
+        answer, text = _answer_at(comparison, index), (text or "").encode("utf-8", "replace").decode()
         vote = Vote(comparison.id, self.annotator, "better", answer=answer.id, text=text, id=vote_id or new_id())
         return self.arena.store.save_vote(vote)
 

@@ -1,6 +1,6 @@
 """The Export tab: votes as data sets to train on, with their card, and their files as one download."""
 
-from dataclasses import asdict
+import re
 from typing import Any
 
 import gradio as gr
@@ -9,8 +9,10 @@ from gradio.context import Context
 from lowrank_rlhf.arena.arena import Arena
 from lowrank_rlhf.arena.exporting import Exports
 from lowrank_rlhf.arena.pages.sides import markdown, plain
+from lowrank_rlhf.arena.votes.exports import ExportReport
 from lowrank_rlhf.errors import UserError
 
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # of the card, for programs
 NOTHING = '<div class="empty">Nothing exported yet.</div>'
 
 
@@ -39,7 +41,7 @@ def exports_tab(arena: Arena) -> None:
         except UserError as error:
             return f'<div class="note problem">{plain(str(error))}</div>', gr.skip(), gr.skip()
         names = gr.Dropdown(exports.names(), value=name)
-        return f'<div class="note">{_counts(asdict(report))}</div>', names, _card(exports, name)
+        return f'<div class="note">{_summary(report)}</div>', names, _card(exports, name)
 
     def choose(name: str | None) -> str:
         return _card(exports, name) if name else NOTHING
@@ -64,14 +66,13 @@ def _card(exports: Exports, name: str) -> str:
     except UserError as error:
         return f'<div class="note problem">{plain(str(error))}</div>'
     link = f'<p><a class="download" href="/downloads/{plain(name)}.zip" download>Download {plain(name)}.zip</a></p>'
-    return f'{link}<div class="report answer">{markdown(text)}</div>'
+    return f'{link}<div class="report answer">{markdown(FRONT_MATTER.sub("", text))}</div>'
 
 
-def _counts(report: dict[str, Any]) -> str:
-    """The numbers of a report, one group a line."""
-    lines = []
-    for key, value in report.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        if shown not in ("", None, (), []):
-            lines.append(f"<b>{plain(key.replace('_', ' '))}</b> {plain(str(shown))}")
-    return "<br>".join(lines)
+def _summary(report: ExportReport) -> str:
+    """What was written, and what was not and why."""
+    lines = {"Rows": report.files, "Left out": report.left_out}
+    shown = [
+        f"{name}: {', '.join(f'{what} {n}' for what, n in counts.items()) or 'none'}" for name, counts in lines.items()
+    ]
+    return "<br>".join(plain(line) for line in [f"{report.votes} votes in {report.folder}", *shown])

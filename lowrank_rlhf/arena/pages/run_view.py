@@ -24,6 +24,7 @@ CSS = """
 .runs th { font-size: var(--text-sm); font-weight: 600; color: var(--body-text-color-subdued); white-space: nowrap; }
 .runs td.name { font-weight: 600; overflow-wrap: anywhere; min-width: 6em; }
 .runs td.nowrap { white-space: nowrap; }
+@media (max-width: 640px) { .runs .wide { display: none; } .runs th, .runs td { padding: 6px 8px; } }
 .state { display: inline-block; padding: 0 .6em; border-radius: 999px; font-size: var(--text-sm); line-height: 1.7;
   border: 1px solid currentColor; }
 .state.finished { color: #15803d; } .dark .state.finished { color: #4ade80; }
@@ -47,6 +48,7 @@ CSS = """
 .recipe { overflow-x: auto; font-family: var(--font-mono); font-size: var(--text-sm); line-height: 1.5; margin: 0;
   white-space: pre; color: var(--body-text-color); }
 .report table { font-variant-numeric: tabular-nums; }
+.report th, .report td { overflow-wrap: normal; word-break: normal; }
 """
 
 _PICTURE = re.compile(r"!\[([^\]\n]*)\]\(([^)\n]*)\)")
@@ -62,12 +64,13 @@ def runs_table(runs: list[Trained], folder: str) -> str:
             "and press Refresh: it appears while it runs.</div>"
         )
     rows = "".join(
-        f'<tr><td class="name">{plain(run.name)}</td><td>{plain(run.stage)}</td><td>{_state(run)}</td>'
+        f'<tr><td class="name">{plain(run.name)}</td><td class="wide">{plain(run.stage)}</td><td>{_state(run)}</td>'
         f'<td class="nowrap">{_steps(run)}</td><td class="nowrap">{_minutes(run.minutes)}</td>'
-        f"<td>{plain(results(run.final))}</td></tr>"
+        f'<td class="wide">{plain(results(run.final))}</td></tr>'
         for run in runs
     )
-    head = "".join(f"<th>{name}</th>" for name in ("run", "stage", "state", "step", "time", "result"))
+    columns = {"run": "", "stage": "wide", "state": "", "step": "", "time": "", "result": "wide"}
+    head = "".join(f'<th class="{kind}">{name}</th>' for name, kind in columns.items())
     return f'<div class="runs scroll-x"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -81,7 +84,8 @@ def problems(found: Sequence[Problem]) -> str:
 
 def overview(run: Trained) -> str:
     """What one run is, and what is wrong with it."""
-    facts = [f"stage {run.stage}", f"{run.state}, last wrote {_ago(time.time() - run.updated)}"]
+    what = "a report" if run.state == "report" else f"stage {run.stage} · {run.state}"
+    facts = [f"{what}, last wrote {_ago(time.time() - run.updated)}"]
     base = run.info.get("base")
     if isinstance(base, dict) and base.get("model"):
         facts.append(f"base {base['model']} ({base.get('quantization', '')})")
@@ -99,6 +103,8 @@ def overview(run: Trained) -> str:
 def curves(run: Trained) -> str:
     """Its metrics as figures."""
     drawn = [chart(plot.title, plot.unit, found) for plot, found in run.curves()]
+    if run.state == "report":
+        return '<div class="empty">No training: see its report.</div>'
     if not drawn:
         return '<div class="empty">No curves yet: they begin with the second line of metrics.jsonl.</div>'
     return f'<div class="charts">{"".join(drawn)}</div>'

@@ -36,7 +36,8 @@ def runs_tab(arena: Arena) -> None:
 
     def look(name: str | None) -> list[Any]:
         runs = read_runs(folder)
-        shown = _find(runs, name) or (runs[0] if runs else None)
+        trained = [run for run in runs if run.state != "report"]
+        shown = _find(runs, name) or next(iter(trained or runs), None)
         names = gr.Dropdown([run.name for run in runs], value=shown.name if shown else None)
         going_on = gr.Timer(active=any(run.state == "running" for run in runs))
         listed = run_view.runs_table(runs, str(folder)) + run_view.problems(arena.catalog.problems)

@@ -15,8 +15,8 @@ from fastapi import FastAPI
 
 from lowrank_rlhf.arena.chat.conversation import Conversation
 from lowrank_rlhf.arena.chat.engine import Progress
+from lowrank_rlhf.arena.pages import ballot, look, sides
 from lowrank_rlhf.arena.pages import compare_view as view
-from lowrank_rlhf.arena.pages import look, sides
 from lowrank_rlhf.arena.pages.compare import Compare
 from lowrank_rlhf.arena.votes.database import Store
 from lowrank_rlhf.arena.votes.records import Speaker
@@ -82,6 +82,8 @@ def tags_of(html):
 class Engine:
     """Says WORDS, one every `pause` seconds; the second column is one word behind."""
 
+    loaded = True
+
     def __init__(self, pause=0.0, fails=None):
         self.pause, self.fails = pause, fails
 
@@ -119,10 +121,17 @@ def arena(tmp_path):
     )
 
 
-@pytest.fixture
-def page(arena):
+@pytest.fixture(scope="module")
+def tab():
+    nobody = SimpleNamespace(speakers={"base": None}, rewards={}, problems=[])
     with gr.Blocks():
-        return Compare(arena)
+        return Compare(SimpleNamespace(catalog=nobody, reward=None, options=SimpleNamespace(logins=None)))
+
+
+@pytest.fixture
+def page(tab, arena):
+    tab.arena = tab.who.arena = tab.ballot.arena = arena
+    return tab
 
 
 def settings(count=2, blind=False, speakers=("ppo", "base", "sft", "ppo step 20"), seed=0):
@@ -343,7 +352,14 @@ def served(arena):
         Compare(arena)
     app = FastAPI()
     gr.mount_gradio_app(
-        app, blocks, "/", run_history=False, footer_links=[], theme=look.THEME, css=look.CSS, head=look.HEAD
+        app,
+        blocks,
+        "/",
+        run_history=False,
+        footer_links=[],
+        theme=look.THEME,
+        css=look.CSS,
+        head=look.HEAD + ballot.HEAD,
     )
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
@@ -377,7 +393,8 @@ def test_in_a_browser_both_columns_grow_a_stop_stops_and_a_blind_vote_reveals(ar
         assert shown.count("<i>hi</i> ${x}") == 2
         assert "ppo" not in shown
         assert "base" not in shown
-        browser.click("#compare-a")
+        browser.shift("3")
+        browser.keys("1")
         browser.wait_text("Saved as me's vote")
         heads = {browser.one(f"#compare-side-{side} .name").text for side in "ab"}
         assert heads == {"ppo", "base"}
@@ -391,4 +408,4 @@ def test_in_a_browser_both_columns_grow_a_stop_stops_and_a_blind_vote_reveals(ar
         assert browser.errors() == []
         outside = [u for u in browser.requested() if not u.startswith((url, "data:", "blob:", "chrome"))]
         assert outside == []
-    assert [judged.votes[0].choice for judged in arena.store.judged()] == ["a"]
+    assert [(vote.choice, vote.strength) for judged in arena.store.judged() for vote in judged.votes] == [("a", 3)]

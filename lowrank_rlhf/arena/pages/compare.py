@@ -65,13 +65,13 @@ class Compare:
         shown = [*self.columns, *self.heads, *self.pasts, *self.lives, self.note, self.ballot.group, *self.ballot.shown]
         buttons = [self.send, self.halt, self.again, self.back, self.anew, who.count, who.blind]
         everything = [*shown, *buttons, self.prompt]
-        model = {
+        model: dict[str, Any] = {
             "concurrency_id": MODEL,
             "concurrency_limit": 1,
             "api_visibility": "private",
             "show_progress": "hidden",
         }
-        store = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+        store: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
         for triggers, begin, answer in (
             ([self.send.click, self.prompt.submit], self.begin, self.say),
             ([self.again.click], self.begin_again, self.regenerate),
@@ -167,7 +167,7 @@ class Compare:
             yield {self.note: gr.skip()}
             return
         count, shown = len(conversation.columns), 0.0
-        yield {self.lives[at]: view.waiting() for at in range(count)} | {
+        yield {self.lives[at]: view.waiting(self.arena.engine.loaded) for at in range(count)} | {
             self.pasts[at]: view.past(conversation, at, prompt) for at in range(count) if prompt is not None
         }
         try:

@@ -48,9 +48,9 @@ def nothing(column: int) -> str:
     return sides.empty("Write a prompt below: all columns answer it at once.") if column == 0 else ""
 
 
-def waiting() -> str:
-    """A column of which nothing has come yet."""
-    return _turn("", "waiting", "waiting for the model …")
+def waiting(loaded: bool) -> str:
+    """A column of which nothing has come yet; the first answer of all also waits for the base to be read."""
+    return _turn("", "waiting", "waiting for the model …" if loaded else "loading the base model …")
 
 
 def figures(progress: Progress) -> str:

@@ -53,10 +53,10 @@ class Ballot:
         """Connect the buttons; `page` shows the conversation."""
         state, details = page.conversation, [self.annotator, *self.fields.inputs]
         for choice, button in self.choices.items():
-            button.click(self._voter(page, kind="pair", choice=choice), [state, *details], outputs, **event)
+            button.click(_signed(self._voter(page, kind="pair", choice=choice)), [state, *details], outputs, **event)
         for up, button in self.thumbs.items():
-            button.click(self._voter(page, kind="thumb", up=up), [state, *details], outputs, **event)
-        self.rank.click(self._voter(page, kind="ranking"), [state, *details, *self.ranks], outputs, **event)
+            button.click(_signed(self._voter(page, kind="thumb", up=up)), [state, *details], outputs, **event)
+        self.rank.click(_signed(self._voter(page, kind="ranking")), [state, *details, *self.ranks], outputs, **event)
         for at, button in enumerate(self.adopt):
             button.click(lambda conversation, at=at: page.go_on_from(conversation, at), [state], outputs, **event)
 
@@ -90,18 +90,16 @@ class Ballot:
             reasons: list[str] | None,
             comment: str | None,
             *ranks: int | None,
-            request: gr.Request = None,  # type: ignore[assignment]  # gradio fills it in
         ) -> dict[Any, Any]:
-            who = (request.username if request else None) or name
             given = asdict(ballot.details(strength, reasons, comment))
             if what.get("choice") not in DECIDED:
                 del given["strength"]
             try:
-                self._save(conversation, who, ranks, what | given)
+                self._save(conversation, name, ranks, what | given)
             except UserError as error:
                 return page.say_problem(str(error))
             conversation.reveal()
-            thanks = f"Saved as {who}'s vote: {view.revealed(conversation)}."
+            thanks = f"Saved as {name}'s vote: {view.revealed(conversation)}."
             return page.show(conversation) | {page.note: sides.note(thanks)}
 
         return vote
@@ -130,3 +128,12 @@ def _adopt(letter: str) -> gr.Button:
     return gr.Button(
         f"Go on from {letter} everywhere", size="sm", min_width=110, elem_id=f"compare-adopt-{letter.lower()}"
     )
+
+
+def _signed(vote: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+    """The event with who is signed in for the name; gradio fills a request in by its place, so not after `*ranks`."""
+
+    def event(conversation: Conversation, name: str, request: gr.Request, *values: Any) -> dict[Any, Any]:
+        return vote(conversation, request.username or name, *values)
+
+    return event

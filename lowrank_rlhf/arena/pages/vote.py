@@ -191,7 +191,7 @@ class VotingPage:
                 return {self.note: sides.note(str(error), problem=True)}
             if seat.comparison is before:
                 return updates
-            emptied = {self.strength: None, self.reasons: [], self.comment: "", self.question: ""}
+            emptied: Updates = {self.strength: None, self.reasons: [], self.comment: "", self.question: ""}
             return updates | emptied | self.answers.emptied() | {self.improving.group: hidden()}
 
         return event

@@ -6,6 +6,7 @@ import pytest
 from fastapi import FastAPI, Request
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from lowrank_rlhf.arena import logins
 from lowrank_rlhf.arena.guard import MAX_BODY_BYTES, Guard
@@ -267,3 +268,10 @@ def test_websockets_are_closed(local):
     with pytest.raises(WebSocketDisconnect) as closed, local.websocket_connect("/gradio_api/queue/join"):
         pass
     assert closed.value.code == 1008
+
+
+def test_a_proxy_on_this_machine_does_not_open_the_app_to_others():
+    """uvicorn takes the address that a local proxy forwards as the client's, so the guard sees who really asks."""
+    proxied = client(ProxyHeadersMiddleware(behind(None), trusted_hosts="127.0.0.1"))
+    assert proxied.get("/").status_code == 200
+    assert proxied.get("/", headers={"x-forwarded-for": "10.0.0.5"}).status_code == 403

@@ -20,19 +20,9 @@ def runs_tab(arena: Arena) -> None:
         refresh = gr.Button("Refresh", size="sm", scale=0, min_width=120)
     table = gr.HTML()
     chosen = gr.Dropdown([], label="Run", interactive=True)
-    about = gr.HTML()
-    with gr.Tabs():
-        with gr.Tab("Curves"):
-            curves = gr.HTML()
-        with gr.Tab("Samples"):
-            slider = gr.Slider(0, 1, 0, step=1, label="Which of the steps that were shown", visible=False)
-            samples = gr.HTML()
-        with gr.Tab("Recipe"):
-            recipe = gr.HTML()
-        with gr.Tab("Report"):
-            report = gr.HTML()
+    details = _panels()
+    slider, samples = details[2:4]
     timer = gr.Timer(SECONDS, active=False)
-    details = [about, curves, slider, samples, recipe, report]
 
     def look(name: str | None) -> list[Any]:
         runs = read_runs(folder)
@@ -68,6 +58,22 @@ def runs_tab(arena: Arena) -> None:
     blocks = Context.root_block
     if blocks is not None:
         blocks.load(look, chosen, everything, **private)
+
+
+def _panels() -> list[Any]:
+    """What is shown of one run, in the order of `_details`."""
+    about = gr.HTML()
+    with gr.Tabs():
+        with gr.Tab("Curves"):
+            curves = gr.HTML()
+        with gr.Tab("Samples"):
+            slider = gr.Slider(0, 1, 0, step=1, label="Which of the steps that were shown", visible=False)
+            samples = gr.HTML()
+        with gr.Tab("Recipe"):
+            recipe = gr.HTML()
+        with gr.Tab("Report"):
+            report = gr.HTML()
+    return [about, curves, slider, samples, recipe, report]
 
 
 def _find(runs: list[Trained], name: str | None) -> Trained | None:

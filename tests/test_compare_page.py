@@ -12,12 +12,14 @@ import pytest
 import uvicorn
 from browser import chromium, needs_browser
 from fastapi import FastAPI
+from gradio.helpers import special_args
 
 from lowrank_rlhf.arena.chat.conversation import Conversation
 from lowrank_rlhf.arena.chat.engine import Progress
 from lowrank_rlhf.arena.pages import ballot, look, sides
 from lowrank_rlhf.arena.pages import compare_view as view
 from lowrank_rlhf.arena.pages.compare import Compare
+from lowrank_rlhf.arena.pages.compare_vote import _signed
 from lowrank_rlhf.arena.votes.database import Store
 from lowrank_rlhf.arena.votes.records import Speaker
 from lowrank_rlhf.errors import UserError
@@ -311,6 +313,18 @@ def test_a_vote_without_a_name_or_before_any_answer_is_refused(page, arena):
     assert "name is empty" in vote(conversation, " ", None, [], "")[page.note]
     assert conversation.hidden
     assert list(arena.store.judged()) == []
+
+
+def test_who_is_signed_in_votes_and_not_the_name_that_was_typed(page, arena):
+    conversation = Conversation()
+    send(page, conversation, "hi", *settings(3))
+    rank = _signed(page.ballot._voter(page, kind="ranking"))
+    inputs = [conversation, "mallory", None, [], "", 1, 2, 3, None]
+    filled, *_ = special_args(rank, list(inputs), request=SimpleNamespace(username="ann"))
+    rank(*filled)
+    (judged,) = arena.store.judged()
+    assert (judged.comparison.annotator, judged.votes[0].annotator) == ("ann", "ann")
+    assert judged.votes[0].ranking == (1, 2, 3)
 
 
 def test_settings_without_a_number_are_named(page):

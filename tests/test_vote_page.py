@@ -15,6 +15,7 @@ from gradio_client.exceptions import AppError
 from lowrank_rlhf.arena.pages import look
 from lowrank_rlhf.arena.pages.ballot import CHOICES
 from lowrank_rlhf.arena.pages.vote import voting_page
+from lowrank_rlhf.arena.pages.vote_widgets import HEAD
 from lowrank_rlhf.errors import UserError
 
 HIDDEN = (*SECRETS, "marmot-reward", HASH, "votes.db")  # of models, scores and files
@@ -31,7 +32,7 @@ def served(tmp_path):
         pages.append(page)
         _, url, _ = page.launch(
             prevent_thread_lock=True, quiet=True, run_history=False, ssr_mode=False,
-            theme=look.THEME, css=look.CSS, head=look.HEAD + page.own_head,
+            theme=look.THEME, css=look.CSS, head=look.HEAD + HEAD,
         )  # fmt: skip
         return app, url
 

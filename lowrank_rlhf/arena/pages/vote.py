@@ -12,7 +12,7 @@ from lowrank_rlhf.arena.pages import ballot, sides
 from lowrank_rlhf.arena.pages import vote_view as view
 from lowrank_rlhf.arena.pages.api import add_endpoints
 from lowrank_rlhf.arena.pages.guidelines import GUIDELINES
-from lowrank_rlhf.arena.pages.vote_widgets import HEAD, Answers, Improving, hidden, labelled
+from lowrank_rlhf.arena.pages.vote_widgets import Answers, Improving, hidden, labelled
 from lowrank_rlhf.arena.seat import Seat
 from lowrank_rlhf.arena.seats import Seats
 from lowrank_rlhf.errors import UserError
@@ -30,7 +30,6 @@ def voting_page(arena: Arena) -> gr.Blocks:
     """The page at /vote; nothing of it, and nothing it sends, names a model before the vote."""
     with gr.Blocks(title="Which answer is better?", analytics_enabled=False) as page:
         VotingPage(arena, Seats(arena))
-    page.own_head = HEAD
     return page
 
 

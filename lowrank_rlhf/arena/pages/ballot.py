@@ -42,6 +42,7 @@ document.addEventListener("keydown", (event) => {
 
 STYLE = """
 .ballot-buttons { gap: 8px; }
+button.key { white-space: nowrap; }
 button.key::after { display: inline-block; margin-inline-start: .6em; min-width: 1.5em; border-radius: 4px;
   border: 1px solid currentColor; opacity: .55; font: .8em/1.5 var(--font-mono); text-align: center; }
 button.key-1::after { content: "1"; } button.key-2::after { content: "2"; } button.key-3::after { content: "3"; }

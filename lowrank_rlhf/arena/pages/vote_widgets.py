@@ -42,7 +42,7 @@ def labelled(text: str, name: str, key: str = "", variant: Any = "secondary") ->
         visible=False,
         elem_id=name,
         elem_classes=["key", f"key-{key}"] if key else None,
-        min_width=150 if key else 90,
+        min_width=180 if key else 90,
         scale=1 if variant == "primary" else 0,
     )
 

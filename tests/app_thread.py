@@ -8,6 +8,7 @@ from typing import Any
 
 import uvicorn
 
+from lowrank_rlhf.arena.arena import Arena
 from lowrank_rlhf.arena.options import Options
 from lowrank_rlhf.arena.server import build
 
@@ -52,7 +53,7 @@ class Served:
     """
 
     def __init__(self, options: Options):
-        self.app = build(options)
+        self.app = build(Arena(options))
         self.recorder = Recorder(self.app)
         config = uvicorn.Config(self.recorder, port=0, log_level="warning", ws="none", timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)

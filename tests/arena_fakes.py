@@ -18,7 +18,7 @@ HASH = "f00dfeed" * 8
 
 
 class Voices:
-    """Answers in four words, whoever is asked; `problem` is raised in the middle of them, `hold` is waited for there."""
+    """Answers in four words, whoever is asked; in the middle `problem` is raised and `hold` waited for."""
 
     def __init__(self, catalog):
         self.catalog = catalog

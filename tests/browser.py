@@ -107,6 +107,17 @@ class Browser:
         )
         tab.click()
 
+    def open_tab(self, label: str) -> None:
+        """The same where a narrow window hides it behind the three dots."""
+        self.one("button[role=tab]")
+
+        def labelled(css: str) -> list[Any]:
+            return [b for b in self.all(css) if b.text.strip() == label]
+
+        if not labelled("button[role=tab]"):
+            self.click(".overflow-menu > button")
+        self.wait(lambda: labelled("button[role=tab], .overflow-dropdown button"), about=label)[0].click()
+
     def type(self, css: str, text: str) -> None:
         element = self.one(css)
         element.clear()

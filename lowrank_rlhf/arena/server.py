@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import sys
+import threading
 from typing import Any
 
 # Before gradio is imported: it counts uses at import, and looks for newer versions when a page is made
@@ -35,7 +37,8 @@ def serve(options: Options) -> int:
     """
     options.check()
     listener = _listen(options)
-    guard = build(options)
+    arena = Arena(options)
+    guard = build(arena)
     port = listener.getsockname()[1]
     host = f"[{options.host}]" if ":" in options.host else options.host
     config = uvicorn.Config(
@@ -44,15 +47,16 @@ def serve(options: Options) -> int:
     # uvicorn hands the signal on after it has shut down; what is left to do with it is nothing
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    threading.Thread(target=_load_ahead, args=(arena,), daemon=True).start()
     _Server(config, guard, f"http://{host}:{port}").run(sockets=[listener])
     print("stopped; every vote is in the store", flush=True)
     return 0
 
 
-def build(options: Options) -> Guard:
+def build(arena: Arena) -> Guard:
     """The whole app as an ASGI application: the guard, sign-in, both pages, and the download of exports."""
-    sessions = Sessions(Logins.read(options.logins)) if options.logins else None
-    arena = Arena(options)
+    logins = arena.options.logins
+    sessions = Sessions(Logins.read(logins)) if logins else None
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if sessions:
         app.include_router(signin_routes(sessions))
@@ -73,6 +77,14 @@ def build(options: Options) -> Guard:
     _mount(app, voting_page(arena), "/vote", sessions, vote_widgets.HEAD)
     _mount(app, workbench.workbench(arena), "/", sessions, ballot.HEAD, workbench.CSS + run_view.CSS)
     return Guard(app, sessions)
+
+
+def _load_ahead(arena: Arena) -> None:
+    """Have the base in memory before the first prompt comes, which else waits seconds for it."""
+    try:
+        arena.engine.load()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None, head: str, css: str = "") -> None:

@@ -460,6 +460,23 @@ def test_speakers_carry_the_hash_of_their_weights_and_the_base(engine, runs):
     assert engine.speaker("dpo step 5").adapter_hash == sha256_of(runs / "dpo/checkpoints/step-000005/state.pt")
 
 
+def test_an_answer_carries_who_wrote_it_whatever_happens_to_the_files_meanwhile(tmp_path):
+    write_run(tmp_path / "sft", seed=1)
+    engine = Engine(find(tmp_path), device="cpu")
+    weights = tmp_path / "sft/adapters/sft/adapter_model.safetensors"
+    before, answers = sha256_of(weights), engine.stream([Request("sft", HI, GREEDY), Request("base", HI, GREEDY)])
+    first = next(answers)
+    shutil.rmtree(tmp_path / "sft")
+    write_run(tmp_path / "sft", seed=2)
+    last = list(answers)[-1]
+    assert [answer.speaker for answer in last] == [answer.speaker for answer in first]
+    assert [(one.name, one.adapter_hash) for one in (a.speaker for a in last)] == [("sft", before), ("base", "")]
+    assert {(a.speaker.base, a.speaker.revision, a.speaker.quantization) for a in last} == {("tiny", "seed-0", "none")}
+    assert ask(engine, "sft")[-1][0].speaker.adapter_hash == sha256_of(weights) != before
+    shutil.rmtree(tmp_path / "sft")  # what is loaded goes on answering, and knows from what
+    assert ask(engine, "sft")[-1][0].speaker.adapter_hash != before
+
+
 def test_a_run_that_is_written_again_is_loaded_again(tmp_path):
     write_run(tmp_path / "sft", seed=1)
     engine = Engine(find(tmp_path), device="cpu")

@@ -28,6 +28,7 @@ from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.scoring import score_sequences
 
 Result = TypeVar("Result")
+NOBODY = Speaker("")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Progress:
         tokens: generated, the end-of-turn token included.
         milliseconds, first_token_milliseconds: from the request, the time until the model was free included.
         done: it does not grow any more, because it `ended` by itself, was `stopped`, or reached `max_new_tokens`.
+        speaker: who wrote it, with the hash of the weights that did; nobody where it was stopped while waiting.
     """
 
     text: str = ""
@@ -56,6 +58,7 @@ class Progress:
     done: bool = False
     ended: bool = False
     stopped: bool = False
+    speaker: Speaker = NOBODY
 
     @property
     def tokens_per_second(self) -> float:
@@ -124,7 +127,8 @@ class Engine:
             return
         batch: Batch | None = None
         try:
-            rows, batch = self._do(lambda: self._begin(requests, found))
+            rows, batch, speakers = self._do(lambda: self._begin(requests, found))
+            answers = [Progress(speaker=speaker) for speaker in speakers]
             while batch.rows and not stop():
                 if self._do(batch.step):
                     answers = self._progress(answers, rows, started)
@@ -177,10 +181,7 @@ class Engine:
             UserError: as `adapter_hash`.
         """
         filled = replace(self._found(name).speaker, adapter_hash=self.adapter_hash(name))
-        if self._backbone is None:
-            return filled
-        info = self._backbone.info
-        return replace(filled, base=info.model, revision=info.revision, quantization=info.quantization)
+        return filled if self._backbone is None else _on(self._backbone, filled)
 
     @property
     def backbone(self) -> Backbone:
@@ -197,7 +198,7 @@ class Engine:
             self._backbone = backbone
         return self._backbone, self._adapters, self._prompts
 
-    def _begin(self, requests: Sequence[Request], found: Sequence[Found]) -> tuple[list[Row], Batch]:
+    def _begin(self, requests: Sequence[Request], found: Sequence[Found]) -> tuple[list[Row], Batch, list[Speaker]]:
         backbone, adapters, prompts = self._loaded()
         read = [prompts.ids(r.messages, r.decoding) for r in requests]  # before weights are: the quicker to fail
         roles = adapters.roles(found)
@@ -205,7 +206,8 @@ class Engine:
             Row(role, ids, request.decoding, prompts.stop_ids)
             for role, ids, request in zip(roles, read, requests, strict=True)
         ]
-        return rows, Batch(backbone, rows)
+        speakers = [_on(backbone, replace(one.speaker, adapter_hash=adapters.hash(one) or "")) for one in found]
+        return rows, Batch(backbone, rows), speakers
 
     def _score(self, run: Path, messages: list[Message], text: str, system: str) -> float:
         backbone, adapters, prompts = self._loaded()
@@ -257,9 +259,15 @@ class Engine:
                     first_token_milliseconds=answer.first_token_milliseconds or now,
                     done=row.done,
                     ended=row.ended,
+                    speaker=answer.speaker,
                 )
             grown.append(answer)
         return grown
+
+
+def _on(backbone: Backbone, speaker: Speaker) -> Speaker:
+    info = backbone.info
+    return replace(speaker, base=info.model, revision=info.revision, quantization=info.quantization)
 
 
 def _let_go(error: BaseException) -> None:

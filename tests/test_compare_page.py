@@ -96,14 +96,17 @@ class Engine:
             time.sleep(self.pause)
             halted, done = stop(), count == len(WORDS)
             said = [" ".join(WORDS[: count - (at if not done else 0)]) for at in range(len(requests))]
-            yield [Progress(text, count, count * 10, 10, done or halted, done, halted) for text in said]
+            speakers = [Speaker(r.speaker, run=r.speaker, adapter_hash="f" * 64) for r in requests]
+            yield [
+                Progress(text, count, count * 10, 10, done or halted, done, halted, speaker)
+                for text, speaker in zip(said, speakers, strict=True)
+            ]
             if halted:
                 return
 
-    def speaker(self, name):
-        return Speaker(name, run=name, adapter_hash="f" * 64)
-
     def score(self, reward, messages, text, system=""):
+        if reward == "diverged":
+            return float("nan")
         if reward == "broken":
             raise UserError("no reward run 'broken' here")
         return len(text) / 100
@@ -256,6 +259,66 @@ def test_a_reward_model_that_cannot_score_does_not_lose_the_answers(page):
     assert conversation.turns == 1
 
 
+def test_a_diverged_reward_model_is_said_and_the_vote_is_taken(page, arena):
+    conversation = Conversation()
+    updates = send(page, conversation, "hi", reward="diverged")
+    assert "not scored" in updates[page.note]
+    assert "Saved as" in page.ballot._voter(page, kind="pair", choice="a")(conversation, "ann", 2, [], "")[page.note]
+    (judged,) = arena.store.judged()
+    assert [answer.score for answer in judged.comparison.answers] == [None, None]
+
+
+def test_a_stop_in_the_queue_gives_the_buttons_back_and_the_queued_event_asks_nobody(page):
+    conversation = Conversation()
+    page.begin(conversation, "hi", *settings())
+    updates = page.stop(conversation)
+    assert updates[page.send]["interactive"]
+    assert not updates[page.halt]["interactive"]
+    assert [set(update) for update in page.say(conversation, "none")] == [{page.note}]
+    assert conversation.turns == 0
+    send(page, conversation, "again")
+    assert conversation.turns == 1
+
+
+def test_what_was_stopped_in_the_queue_does_not_take_the_place_of_the_other_kind(page):
+    conversation = Conversation()
+    send(page, conversation, "hi")
+    page.begin(conversation, "more", *settings())
+    page.stop(conversation)
+    page.begin_again(conversation, "", *settings())
+    assert [set(update) for update in page.say(conversation, "none")] == [{page.note}]
+    list(page.regenerate(conversation, "none"))
+    assert conversation.columns[0].messages[0]["content"] == "hi"
+    assert [answer.decoding.seed for answer in conversation.comparison("ann").answers] == [1, 1]
+    page.begin_again(conversation, "", *settings())
+    page.stop(conversation)
+    page.begin(conversation, "more", *settings())
+    assert [set(update) for update in page.regenerate(conversation, "none")] == [{page.note}]
+    list(page.say(conversation, "none"))
+    assert conversation.turns == 2
+
+
+def test_an_event_dropped_before_anybody_was_asked_frees_the_conversation(page):
+    conversation = Conversation()
+    page.begin(conversation, "hi", *settings())
+    answers = page.say(conversation, "none")
+    next(answers)
+    answers.close()
+    assert not conversation.busy
+    send(page, conversation, "again")
+    assert conversation.turns == 1
+
+
+def test_a_stop_of_running_answers_leaves_the_page_to_them(page):
+    conversation = Conversation()
+    page.begin(conversation, "hi", *settings())
+    answers = page.say(conversation, "none")
+    next(answers), next(answers)
+    assert set(page.stop(conversation)) == {page.note}
+    list(answers)
+    assert conversation.latest.answers[0].stopped
+
+
 def test_a_blind_turn_shows_no_name_and_no_score_until_its_vote_is_stored(page, arena):
     conversation = Conversation()
     updates = send(page, conversation, "hi", *settings(blind=True), reward="judge")
@@ -273,6 +336,39 @@ def test_a_blind_turn_shows_no_name_and_no_score_until_its_vote_is_stored(page, 
     (cast,) = judged.votes
     assert (cast.annotator, cast.choice, cast.strength) == ("ann", "a", 3)
     assert (cast.reasons, cast.comment) == (("clearer",), "ok")
+
+
+def test_after_a_blind_vote_the_ballot_is_closed_until_the_next_prompt(page, arena):
+    conversation = Conversation()
+    send(page, conversation, "hi", *settings(blind=True))
+    told = page.ballot._voter(page, kind="pair", choice="a")(conversation, "ann", None, [], "")
+    assert not told[page.ballot.group]["visible"]
+    for name in ("ann", "bob"):
+        again = page.ballot._voter(page, kind="pair", choice="b")(conversation, name, None, [], "")
+        assert "send the next prompt" in again[page.note]
+    (judged,) = arena.store.judged()
+    assert [(vote.annotator, vote.choice) for vote in judged.votes] == [("ann", "a")]
+    assert not page.finish(conversation)[page.ballot.group]["visible"]
+    assert send(page, conversation, "next", *settings(blind=True))[page.ballot.group]["visible"]
+
+
+def test_two_names_by_turns_make_one_comparison_each(page, arena):
+    conversation = Conversation()
+    send(page, conversation, "hi")
+    for name in ("ann", "bob", "ann", "bob"):
+        told = page.ballot._voter(page, kind="pair", choice="a")(conversation, name, None, [], "")
+        assert not told.get(page.ballot.group)  # of open answers the vote may change
+    assert [judged.comparison.annotator for judged in arena.store.judged()] == ["ann", "bob"]
+
+
+def test_regenerating_after_an_open_vote_takes_the_settings_of_now(page):
+    conversation = Conversation()
+    send(page, conversation, "hi")
+    page.ballot._voter(page, kind="pair", choice="a")(conversation, "ann", None, [], "")
+    page.begin_again(conversation, "", *settings(speakers=["sft", "base", "sft", "sft"], seed=7))
+    list(page.regenerate(conversation, "none"))
+    assert conversation.names == ["sft", "base"]
+    assert [answer.decoding.seed for answer in conversation.comparison("ann").answers] == [8, 8]
 
 
 def test_another_vote_on_the_same_answers_supersedes_the_first(page, arena):

@@ -1,6 +1,7 @@
 """Columns side by side: their turns, their seeds, blind shuffles, stops and errors, and the record that is voted on."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -22,20 +23,25 @@ class Echo:
     def stream(self, requests, stop):
         self.calls.append(requests)
         texts = [f"{r.speaker}:{r.messages[-1]['content']}#{r.decoding.seed}" for r in requests]
+        by = [Speaker(r.speaker, run=r.speaker, adapter_hash=f"hash of {r.speaker}") for r in requests]
         try:
             for count in range(1, max(map(len, texts)) + 1):
                 if stop():
-                    yield [Progress(t[: count - 1], count - 1, done=True, stopped=True) for t in texts]
+                    said = [t[: count - 1] for t in texts]
+                    yield [Progress(t, count - 1, done=True, stopped=True, speaker=s) for t, s in zip_(said, by)]
                     return
                 if count == self.fails_at:
                     raise UserError("out of memory")
                 done = [count >= len(t) for t in texts]
-                yield [Progress(t[:count], count, 100 * count, 100, d, d) for t, d in zip(texts, done, strict=True)]
+                yield [
+                    Progress(t[:count], count, 100 * count, 100, d, d, speaker=s) for t, d, s in zip_(texts, done, by)
+                ]
         finally:
             self.closed += 1
 
-    def speaker(self, name):
-        return Speaker(name, run=name, adapter_hash=f"hash of {name}")
+
+def zip_(*lists):
+    return zip(*lists, strict=True)
 
 
 def conversation_of(*names, blind=False, seed=None):
@@ -129,6 +135,30 @@ def test_a_stop_before_any_text_takes_the_turn_back_and_the_next_one_is_not_stop
     assert said(conversation) == [["hi", "a:hi#5"]]
 
 
+def test_a_stop_while_nobody_has_been_asked_yet_frees_the_conversation():
+    conversation = conversation_of("a")
+    run(conversation.say("hi", Echo()))
+    conversation.begin("more")  # and whoever was to ask is dropped from the queue
+    conversation.stop()
+    assert not conversation.busy
+    assert conversation.undo() == "hi"
+    conversation.begin("again")
+    run(conversation.say("again", Echo()))
+    assert said(conversation) == [["again", "a:again#5"]]
+
+
+def test_a_stop_of_running_answers_frees_nothing_before_they_have_ended():
+    conversation = conversation_of("a")
+    conversation.begin("hi")
+    answers = conversation.say("hi", Echo())
+    next(answers)
+    conversation.stop()
+    with pytest.raises(UserError, match="still being written"):
+        conversation.begin("more")
+    run(answers)
+    assert not conversation.busy
+
+
 def test_regenerating_answers_the_same_prompt_with_the_next_seed():
     engine, conversation = Echo(), conversation_of("a", "b")
     run(conversation.say("hi", engine))
@@ -218,7 +248,12 @@ def test_the_record_says_all_that_reproduces_the_answers():
     assert comparison.prompt == first.prompt
     assert not comparison.blind
     assert conversation.comparison("me") is comparison  # a second vote is on the same record
-    assert conversation.comparison("you").id != comparison.id
+    other = conversation.comparison("you")
+    assert other.id != comparison.id
+    assert conversation.comparison("me") is comparison  # also by turns
+    assert conversation.comparison("you") is other
+    run(conversation.regenerate(Echo()))
+    assert conversation.comparison("me").id != comparison.id
 
 
 def test_scores_are_of_one_turn_only():
@@ -227,6 +262,25 @@ def test_scores_are_of_one_turn_only():
     conversation.score("judge", lambda *_: 1.0)
     run(conversation.say("more", Echo()))
     assert [(a.score, a.scored_by) for a in conversation.comparison("me").answers] == [(None, None)] * 2
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_is_refused_and_those_before_stay(broken):
+    conversation = conversation_of("a", "b")
+    run(conversation.say("hi", Echo()))
+    conversation.score("judge", lambda *_: 1.0)
+    with pytest.raises(UserError, match="diverged: its scores are"):
+        conversation.score("diverged", lambda run, messages, text, system: broken if text[0] == "b" else 2.0)
+    assert [(a.score, a.scored_by) for a in conversation.comparison("me").answers] == [(1.0, "judge")] * 2
+
+
+def test_who_answered_is_what_came_with_the_answer_and_is_not_asked_again():
+    """By the end of an answer another one may have loaded other weights under the same name."""
+    engine, conversation = Echo(), conversation_of("a")
+    engine.speaker = None
+    run(conversation.say("hi", engine))
+    (answer,) = conversation.comparison("me").answers
+    assert (answer.speaker.adapter_hash, answer.beside) == ("hash of a", ("a",))
 
 
 def test_a_blind_conversation_is_shuffled_once_and_keeps_each_side_with_its_speaker():
@@ -255,6 +309,34 @@ def test_after_the_reveal_the_next_blind_prompt_starts_anew():
     conversation.settle([("a", PLAIN), ("b", PLAIN)], blind=True)
     assert said(conversation) == [[], []]
     assert conversation.hidden
+
+
+def test_nobody_votes_again_on_blind_answers_whose_names_are_known():
+    conversation = conversation_of("a", "b", blind=True)
+    run(conversation.say("hi", Echo()))
+    assert conversation.comparison("me").blind
+    conversation.reveal()
+    for name in ("me", "you"):
+        with pytest.raises(UserError, match="send the next prompt"):
+            conversation.comparison(name)
+
+
+def test_an_open_conversation_can_be_voted_on_again_and_has_nothing_to_reveal():
+    conversation = conversation_of("a", "b")
+    run(conversation.say("hi", Echo()))
+    comparison = conversation.comparison("me")
+    conversation.reveal()
+    assert conversation.comparison("me") is comparison
+    assert not conversation.revealed
+
+
+def test_after_a_blind_conversation_the_open_one_is_in_the_order_of_its_settings():
+    for seed in range(8):
+        conversation = conversation_of("a", "b", "c", blind=True, seed=seed)
+        run(conversation.say("hi", Echo()))
+        conversation.settle([("a", PLAIN), ("b", PLAIN), ("c", PLAIN)])
+        assert [column.speaker for column in conversation.columns] == ["a", "b", "c"]
+        assert conversation.names == ["a", "b", "c"]
 
 
 def test_asking_for_blindness_later_starts_anew():

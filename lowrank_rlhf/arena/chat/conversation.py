@@ -1,5 +1,6 @@
 """One to four columns that answer the same prompts side by side, turn after turn."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,11 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from lowrank_rlhf.arena.chat.engine import Progress, Request
-from lowrank_rlhf.arena.votes.records import Answer, Comparison, Decoding, Message, Speaker
+from lowrank_rlhf.arena.votes.records import Answer, Comparison, Decoding, Message
 from lowrank_rlhf.errors import UserError
 
 MAX_COLUMNS = 4
 BUSY = "an answer is still being written: stop it first, or wait for it"
+VOTED = (
+    "the vote on these answers has shown who they are of, so it can be neither changed nor taken back: send the next "
+    "prompt"
+)
 Scorer = Callable[[str, list[Message], str, str], float]
 
 
@@ -19,8 +24,6 @@ class Voices(Protocol):
     """What answers: the engine."""
 
     def stream(self, requests: Sequence[Request], stop: Callable[[], bool]) -> Iterator[list[Progress]]: ...
-
-    def speaker(self, name: str) -> Speaker: ...
 
 
 @dataclass
@@ -38,7 +41,6 @@ class Turn:
 
     requests: tuple[Request, ...]
     answers: tuple[Progress, ...]
-    speakers: tuple[Speaker, ...]
 
 
 class Conversation:
@@ -52,23 +54,24 @@ class Conversation:
         order: of each shown column, the place of its settings: shuffled in a blind conversation.
         blind: whether the names are hidden until the vote.
         revealed: whether they have been shown since.
+        closed: whether the vote that showed them was on the latest turn, so that no other one on it would be blind.
         latest: the last turn, None before the first and after `undo`, `clear` and `adopt`.
         scores: of the latest turn's answers, in the columns' order; () where no reward model scored them.
-        busy: from `begin` until the answers are there.
+        busy: from `begin` until the answers are there, or a `stop` before anybody was asked.
         asking: the prompt that `begin` was called with.
     """
 
     def __init__(self) -> None:
         self.columns: list[Column] = [Column()]
         self.order: list[int] = [0]
-        self.blind = self.revealed = False
+        self.blind = self.revealed = self.closed = False
         self.latest: Turn | None = None
         self.scores: tuple[float, ...] = ()
         self.scored_by: str | None = None
-        self.busy = self._stopping = False
+        self.busy = self._running = self._stopping = False
         self.asking = ""
         self._attempt, self._shown = 0, 0.0
-        self._comparison: Comparison | None = None
+        self._comparisons: dict[str, Comparison] = {}  # by annotator
 
     def settle(self, settings: Sequence[tuple[str, Decoding]], blind: bool = False, *, seed: int | None = None) -> None:
         """Say who answers next and how.
@@ -88,8 +91,9 @@ class Conversation:
             raise UserError(f"a conversation has 1 to {MAX_COLUMNS} columns, this has {len(settings)}")
         if blind != self.blind or (blind and (self.revealed or len(settings) != len(self.columns))):
             self.clear()
-        if blind and not self.turns:
-            self.order = random.Random(seed).sample(range(len(settings)), len(settings))
+        if not self.turns:
+            places = range(len(settings))
+            self.order = random.Random(seed).sample(places, len(places)) if blind else list(places)
             self.columns = [Column() for _ in settings]
         self.blind = blind
         kept = [
@@ -116,8 +120,9 @@ class Conversation:
         return [request.speaker for request in self.latest.requests]
 
     def reveal(self) -> None:
-        """Show who answered; the next `settle` starts a new conversation if it is to be blind."""
-        self.revealed = True
+        """Show who answered, if that is hidden; the next `settle` starts a new conversation if it is to be blind."""
+        if self.hidden:
+            self.revealed = self.closed = True
 
     @property
     def turns(self) -> int:
@@ -137,8 +142,11 @@ class Conversation:
         self.busy, self._stopping, self.asking = True, False, asking
 
     def stop(self) -> None:
-        """End the answers that are being written, of this conversation only; what there is of them is kept."""
-        self._stopping = self.busy
+        """End the answers that are being written, of this conversation only; what there is of them is kept.
+
+        Where nobody has been asked since `begin`, the conversation is free at once: what was to ask may never come.
+        """
+        self._stopping, self.busy = self.busy, self._running
 
     def say(self, prompt: str, engine: Voices) -> Iterator[list[Progress]]:
         """All columns answer `prompt` at once.
@@ -199,32 +207,36 @@ class Conversation:
             scorer: (run, turns, answer, system prompt) → a score; the engine's `score`.
 
         Raises:
-            UserError: what the scorer refuses; the scores there were stay.
+            UserError: what the scorer refuses, or a score that is no finite number; the scores there were stay.
         """
         if self.latest is not None:
-            self.scores = tuple(
+            scores = tuple(
                 scorer(scored_by, request.messages, answer.text, request.decoding.system)
                 for request, answer in zip(self.latest.requests, self.latest.answers, strict=True)
             )
-            self.scored_by, self._comparison = scored_by, None
+            if not all(map(math.isfinite, scores)):
+                raise UserError(f"{scored_by}: its scores are {scores}; expected finite numbers, so look at that run")
+            self.scores, self.scored_by = scores, scored_by
 
     def comparison(self, annotator: str) -> Comparison:
-        """The latest turn as the record to vote on; the same one until the turn, its scores or the annotator change.
+        """The latest turn as the record to vote on; an annotator's is the same one until the turn changes.
 
         Raises:
-            UserError: no turn yet, or its answers are still being written.
+            UserError: no turn yet, its answers are still being written, or a blind vote on it has shown the names.
         """
         self._idle()
         if self.latest is None:
             raise UserError("there is nothing to vote on yet: send a prompt first")
-        if self._comparison is None or self._comparison.annotator != annotator:
+        if self.closed:
+            raise UserError(VOTED)
+        if annotator not in self._comparisons:
             turn = self.latest
-            beside = tuple(speaker.name for speaker in turn.speakers)
+            beside = tuple(answer.speaker.name for answer in turn.answers)
             scores = self.scores or (None,) * len(beside)
-            answers = tuple(map(_answer, turn.requests, turn.answers, turn.speakers, scores))
+            answers = tuple(map(_answer, turn.requests, turn.answers, scores))
             answers = tuple(replace(answer, scored_by=self.scored_by, beside=beside) for answer in answers)
-            self._comparison = Comparison(answers, annotator, self.hidden)
-        return self._comparison
+            self._comparisons[annotator] = Comparison(answers, annotator, self.hidden)
+        return self._comparisons[annotator]
 
     def since_shown(self) -> int:
         """Milliseconds since the latest answers were complete."""
@@ -235,16 +247,15 @@ class Conversation:
             Request(column.speaker, messages, replace(column.decoding, seed=column.decoding.seed + attempt))
             for column, messages in zip(self.columns, asked, strict=True)
         )
-        self.busy = True
+        self.busy = self._running = True
         answers: list[Progress] = []
         try:
             for answers in engine.stream(requests, lambda: self._stopping):
                 yield answers
             if not (self._stopping and not any(answer.text for answer in answers)):
-                speakers = tuple(engine.speaker(request.speaker) for request in requests)
-                self._keep(Turn(requests, tuple(answers), speakers), attempt)
+                self._keep(Turn(requests, tuple(answers)), attempt)
         finally:
-            self.busy = self._stopping = False
+            self.busy = self._running = self._stopping = False
 
     def _keep(self, turn: Turn, attempt: int) -> None:
         for column, request, answer in zip(self.columns, turn.requests, turn.answers, strict=True):
@@ -253,7 +264,8 @@ class Conversation:
         self.latest, self._attempt, self._shown = turn, attempt, time.monotonic()
 
     def _forget(self) -> None:
-        self.latest, self._comparison, self.scores, self.scored_by, self._attempt = None, None, (), None, 0
+        self.latest, self.scores, self.scored_by, self._attempt = None, (), None, 0
+        self._comparisons, self.closed = {}, False
 
     def _idle(self) -> None:
         if self.busy:
@@ -264,9 +276,9 @@ def _said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _answer(request: Request, progress: Progress, speaker: Speaker, score: float | None) -> Answer:
+def _answer(request: Request, progress: Progress, score: float | None) -> Answer:
     return Answer(
-        speaker=speaker,
+        speaker=progress.speaker,
         decoding=request.decoding,
         prompt=tuple(request.messages),
         text=progress.text,

@@ -80,7 +80,7 @@ class Compare:
             answered = begun.then(answer, [state, who.reward], everything, **model)
             answered.then(self.finish, [state], everything, **store)
             begun.then(None, [who.blind], None, js=LEAVE_THE_BOX, **store)
-        self.halt.click(self.stop, [state], None, **store)
+        self.halt.click(self.stop, [state], everything, **store)
         self.back.click(self.undo, [state], everything, **store)
         self.anew.click(self.clear, [state], everything, **store)
         gr.on([who.count.change, who.blind.change], self.settle, [state, *who.settings], everything, **store)
@@ -101,7 +101,7 @@ class Compare:
         return self._begun(conversation) | {self.prompt: ""}
 
     def begin_again(self, conversation: Conversation, _: str, *settings: Any) -> Updates:
-        """Like `begin`, for the latest prompt; a conversation whose names were revealed goes on with them."""
+        """Like `begin`, for the latest prompt; a blind conversation whose names were revealed goes on with them."""
         try:
             chosen = self.who.read(settings)
             if not conversation.revealed and len(chosen[0]) == len(conversation.columns):
@@ -122,8 +122,10 @@ class Compare:
         """Show what there is now and give the buttons back, also after an answer that failed."""
         return self.show(conversation) | self._buttons(conversation.busy) | self.ballot.open(conversation)
 
-    def stop(self, conversation: Conversation) -> None:
+    def stop(self, conversation: Conversation) -> Updates:
+        """End the answers; where nobody has been asked yet, nothing follows that would give the buttons back."""
         conversation.stop()
+        return {self.note: gr.skip()} if conversation.busy else self.finish(conversation)
 
     def undo(self, conversation: Conversation) -> Updates:
         return self._change(conversation, lambda: {self.prompt: conversation.undo() or gr.skip()})
@@ -163,13 +165,18 @@ class Compare:
         prompt: str | None = None,
     ) -> Iterator[Updates]:
         """The growing answers, and at the end a problem if there was one."""
-        if not conversation.busy:  # its begin failed
+        # Its begin failed, or it was stopped in the queue; a claim of the other kind since then is answered by its own
+        if not conversation.busy or bool(conversation.asking) != (prompt is not None):
             yield {self.note: gr.skip()}
             return
         count, shown = len(conversation.columns), 0.0
-        yield {self.lives[at]: view.waiting(self.arena.engine.loaded) for at in range(count)} | {
-            self.pasts[at]: view.past(conversation, at, prompt) for at in range(count) if prompt is not None
-        }
+        try:
+            yield {self.lives[at]: view.waiting(self.arena.engine.loaded) for at in range(count)} | {
+                self.pasts[at]: view.past(conversation, at, prompt) for at in range(count) if prompt is not None
+            }
+        except GeneratorExit:  # the page has gone
+            conversation.stop()
+            raise
         try:
             for answers in ask():
                 if time.monotonic() - shown >= PAUSE_SECONDS:

@@ -62,7 +62,8 @@ class Ballot:
 
     def open(self, conversation: Conversation) -> dict[Any, Any]:
         """What can be voted on now, with an empty ballot."""
-        count, there = len(conversation.columns), conversation.latest is not None and not conversation.busy
+        count = len(conversation.columns)
+        there = conversation.latest is not None and not conversation.busy and not conversation.closed
         visible = {
             self.group: there,
             self.pair: count == PAIR,
@@ -79,7 +80,7 @@ class Ballot:
         return updates | ranks | dict(zip(self.fields.inputs, (None, [], ""), strict=True))
 
     def close(self) -> dict[Any, Any]:
-        """Nothing can be voted on while answers are being written."""
+        """Nothing can be voted on while answers are being written, nor after a blind vote."""
         return {self.group: gr.update(visible=False)}
 
     def _voter(self, page: "Compare", **what: Any) -> Callable[..., dict[Any, Any]]:
@@ -100,7 +101,8 @@ class Ballot:
                 return page.say_problem(str(error))
             conversation.reveal()
             thanks = f"Saved as {name}'s vote: {view.revealed(conversation)}."
-            return page.show(conversation) | {page.note: sides.note(thanks)}
+            shown = page.show(conversation) | {page.note: sides.note(thanks)}
+            return shown | self.close() if conversation.closed else shown
 
         return vote
 

@@ -60,7 +60,7 @@ def test_a_later_vote_supersedes_and_only_its_own_kind_and_answer(store):
 
 
 def test_what_is_taken_back_stands_no_more_and_a_new_vote_supersedes_nothing(store):
-    comparison = compared("yes", "no")
+    comparison = compared("yes", "no", blind=False)
     first = cast(store, comparison, "a", "b")
     back = store.withdraw(first.id, "ana")
     assert store.withdraw(first.id, "ana") == back
@@ -83,6 +83,33 @@ def test_what_is_taken_back_stands_no_more_and_a_new_vote_supersedes_nothing(sto
     }
     with pytest.raises(UserError, match="a later one has taken its place"):
         store.withdraw(first.id, "ana")
+
+
+@pytest.mark.parametrize("again", [{"choice": "b"}, {"ranking": (2, 1)}])
+def test_a_blind_vote_taken_back_is_not_given_again_with_the_names_known(store, again):
+    comparison = compared("yes", "no")
+    first = cast(store, comparison, "a", id="one")
+    store.withdraw(first.id, "ana")
+    with pytest.raises(UserError, match="the names were shown before .* vote on its copy that is not blind"):
+        store.save_vote(vote(comparison, **again))
+    with pytest.raises(UserError, match="vote one: it was taken back"):
+        store.save_vote(vote(comparison, "a", id="one"))
+    thumb = store.save_vote(vote(comparison, up=True))
+    assert store.standing(comparison.id) == (thumb,)
+    copy = replace(compared(*comparison.answers), blind=False)
+    assert cast(store, copy, "b") in store.standing(copy.id)
+
+
+def test_a_choice_and_a_ranking_never_stand_both(store):
+    comparison = compared("yes", "no", blind=False)
+    choice = cast(store, comparison, "a")
+    with pytest.raises(UserError, match="a pair of these answers stands already; take that one back first"):
+        store.save_vote(vote(comparison, ranking=(2, 1)))
+    store.withdraw(choice.id, "ana")
+    ranking = store.save_vote(vote(comparison, ranking=(2, 1)))
+    with pytest.raises(UserError, match="a ranking of these answers stands already"):
+        store.save_vote(vote(comparison, "a"))
+    assert store.standing(comparison.id) == (ranking,)
 
 
 def test_only_ones_own_votes_are_taken_back(store):
@@ -140,7 +167,8 @@ def test_the_same_vote_again_is_stored_once(store):
     again = store.save_vote(vote(comparison, "a", id="one", milliseconds=20))
     assert again == first
     store.save_vote(vote(comparison, "b"))
-    assert store.save_vote(vote(comparison, "a", id="one")) == first, "a late retry does not come to stand again"
+    with pytest.raises(UserError, match="vote one: .*it stands no more"):
+        store.save_vote(vote(comparison, "a", id="one"))  # and a late retry does not come to stand again
     assert store.standing(comparison.id)[0].choice == "b"
     with pytest.raises(UserError, match="vote one: another vote has this id"):
         store.save_vote(vote(comparison, "tie", id="one"))

@@ -9,8 +9,8 @@ from typing import Literal
 
 from lowrank_rlhf.arena.blind import HasModels, blind_comparison, nameless
 from lowrank_rlhf.arena.chat.engine import Progress, Request
-from lowrank_rlhf.arena.study import DECIDING, Item
-from lowrank_rlhf.arena.votes.checks import check_name
+from lowrank_rlhf.arena.study import Item
+from lowrank_rlhf.arena.votes.checks import DECIDING, check_name
 from lowrank_rlhf.arena.votes.records import Answer, Choice, Comparison, Vote, new_id
 from lowrank_rlhf.errors import UserError
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 from lowrank_rlhf.arena.chat.catalog import Catalog
 from lowrank_rlhf.arena.options import Options
+from lowrank_rlhf.arena.votes.checks import DECIDING
 from lowrank_rlhf.arena.votes.database import Store
 from lowrank_rlhf.arena.votes.reading import last_of_each
 from lowrank_rlhf.arena.votes.records import Answer, Comparison, Decoding, Message, prompt_key
 from lowrank_rlhf.data import Example, read_examples
 from lowrank_rlhf.errors import UserError
 
-DECIDING = ("pair", "ranking")  # the kinds of votes that judge a comparison as a whole
 APART = 3  # comparisons between one and its repeat, where there are that many
 Turns = tuple[Message, ...]
 Key = tuple[str, str]  # of a prompt, and its system prompt

@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, get_args
 
+from lowrank_rlhf.arena.votes.reading import key, same_vote
 from lowrank_rlhf.arena.votes.records import REASONS, STRENGTHS, Choice, Comparison, Kind, Vote
 from lowrank_rlhf.errors import UserError
 
@@ -12,6 +14,7 @@ MAX_COMMENT_CHARACTERS = 10_000
 MAX_NAME_CHARACTERS = 100
 MAX_ANSWERS = 9
 
+DECIDING = ("pair", "ranking")  # the kinds of votes that judge a comparison as a whole
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FIELDS = {
     "pair": {"choice", "strength"},
@@ -105,6 +108,43 @@ def check_vote(vote: Vote, comparison: Comparison) -> None:
     check_size(vote.comment, f"vote {vote.id}: comment")
     if not is_count(vote.milliseconds):
         raise UserError(f"vote {vote.id}: milliseconds: expected a whole number from 0, got {vote.milliseconds!r:.40}")
+
+
+def check_place(vote: Vote, comparison: Comparison, before: Sequence[Vote]) -> None:
+    """
+    Args:
+        before: the votes on the comparison so far, in order.
+
+    Raises:
+        UserError: the comparison is judged as a whole already, in the other way, or its names were shown by a vote
+            that was taken back.
+    """
+    if vote.kind not in DECIDING:
+        return
+    whole = {key(earlier): earlier for earlier in before if earlier.kind in DECIDING}
+    if comparison.blind and any(earlier.withdrawn for earlier in before if earlier.kind in DECIDING):
+        raise UserError(
+            f"vote {vote.id}: the names were shown before this comparison's vote was taken back; "
+            "vote on its copy that is not blind"
+        )
+    other = [last.kind for last in whole.values() if last.kind != vote.kind and not last.withdrawn]
+    if other:
+        raise UserError(f"vote {vote.id}: a {other[0]} of these answers stands already; take that one back first")
+
+
+def sent_again(vote: Vote, earlier: Vote, votes: Sequence[Vote]) -> Vote:
+    """The vote that is stored, where it is sent again and still stands.
+
+    Args:
+        votes: those on the comparison, in order.
+
+    Raises:
+        UserError: it stands no more, or is another vote under the same id.
+    """
+    stored = same_vote(vote, earlier)
+    if [later for later in votes if key(later) == key(stored)][-1].id != stored.id:
+        raise UserError(f"vote {vote.id}: it was taken back, or a later one has taken its place; it stands no more")
+    return stored
 
 
 def is_count(value: Any) -> bool:

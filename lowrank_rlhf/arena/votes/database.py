@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from lowrank_rlhf.arena.votes.checks import check_comparison, check_score, check_vote
+from lowrank_rlhf.arena.votes.checks import check_comparison, check_place, check_score, check_vote, sent_again
 from lowrank_rlhf.arena.votes.reading import (
     KEY,
     comparison_from,
@@ -71,27 +71,30 @@ class Store:
         """Store a vote; it supersedes the standing one of the same annotator, comparison, kind and answer.
 
         The same vote id again changes nothing, so that a client may repeat a request whose answer it did not get.
+        A blind comparison whose vote was taken back takes no choice and no ranking again: its names were shown.
 
         Returns:
             The vote as stored, with `supersedes`.
 
         Raises:
-            UserError: there is no such comparison, it was shown to somebody else, the vote does not fit it, or its id
-                is another vote's.
+            UserError: there is no such comparison, it was shown to somebody else, the vote does not fit it or the votes
+                before it, its id is another vote's, or it was stored and stands no more.
         """
         if vote.withdrawn:
             raise UserError(f"vote {vote.id}: a vote is taken back with withdraw()")
         with self._transaction():
             earlier = self._vote(vote.id)
+            before = self._votes(vote.comparison)
             if earlier is not None:
-                return same_vote(vote, earlier)
+                return sent_again(vote, earlier, before)
             comparison = self._comparison(vote.comparison)
             if comparison is None:
                 raise UserError(f"vote {vote.id}: there is no comparison {vote.comparison!r:.80}")
             check_vote(vote, comparison)
-            last = [before for before in self._votes(vote.comparison) if key(before) == key(vote)][-1:]
-            created = max([vote.created, *(before.created for before in last)])  # whatever the clock was set to
-            standing = next((before.id for before in last if not before.withdrawn), None)
+            check_place(vote, comparison, before)
+            last = [earlier for earlier in before if key(earlier) == key(vote)][-1:]
+            created = max([vote.created, *(earlier.created for earlier in last)])  # whatever the clock was set to
+            standing = next((earlier.id for earlier in last if not earlier.withdrawn), None)
             return self._add_vote(replace(vote, supersedes=standing, created=created))
 
     def withdraw(self, vote_id: str, annotator: str) -> Vote:

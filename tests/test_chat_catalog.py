@@ -183,6 +183,32 @@ def test_prompt_templates_matter_only_where_there_is_no_chat_template(runs):
     assert catalog.prompt_template == "Instruction: {prompt}\nResponse: "
 
 
+def test_a_base_that_is_loaded_stays_whatever_most_runs_are_of(runs):
+    before = find(runs)
+    for name in ("ppo", "reward"):
+        edit(runs / name, lambda info: info["base"].update(template_hash="0"))
+    assert list(find(runs).rewards) == ["reward"]
+    after = find(runs, pinned=before)
+    assert list(after.speakers) == ["base", "sft"]
+    assert (after.base, after.identity[:4]) == (before.base, before.identity[:4])
+    assert {name: "another chat template" in reason for name, reason in problems(after).items()} == {
+        "ppo": True,
+        "reward": True,
+    }
+    shutil.rmtree(runs)
+    assert find(runs, pinned=before).base == before.base
+
+
+def test_the_prompt_template_is_the_one_of_the_base_also_where_no_run_can_be_used(runs):
+    for name in ("ppo", "reward"):
+        shutil.rmtree(runs / name)
+    edit(runs / "sft", lambda info: info["base"].update(template_hash="74234e98afe7498f"))
+    edit(runs / "sft", lambda info: info["recipe"]["data"].update(prompt_template="Q: {prompt}"))
+    assert find(runs).prompt_template == "Q: {prompt}"
+    shutil.rmtree(runs / "sft/adapters")
+    assert find(runs).prompt_template == "Q: {prompt}"
+
+
 # Links and names
 
 

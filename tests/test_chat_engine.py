@@ -5,17 +5,22 @@ import shutil
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from chat_runs import TINY, fill, write_run
+from chat_runs import TINY, edit, fill, write_run
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from lowrank_rlhf.arena.arena import Arena
+from lowrank_rlhf.arena.chat import adapters as adapters_module
 from lowrank_rlhf.arena.chat import decoding as decoding_module
-from lowrank_rlhf.arena.chat.catalog import find
+from lowrank_rlhf.arena.chat import engine as engine_module
+from lowrank_rlhf.arena.chat.catalog import DEFAULT_TEMPLATE, find
 from lowrank_rlhf.arena.chat.decoding import Batch, Row
 from lowrank_rlhf.arena.chat.engine import Engine, Progress, Request
+from lowrank_rlhf.arena.options import Options
 from lowrank_rlhf.arena.votes.records import Decoding
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.embedded import sha256_of
@@ -521,6 +526,23 @@ def test_files_that_are_damaged_after_the_scan_are_told_and_leave_no_role(tmp_pa
         assert_nothing_is_left(engine)
 
 
+def test_weights_that_cannot_be_hashed_are_told_and_leave_no_role(tmp_path, monkeypatch):
+    write_run(tmp_path / "sft")
+    engine = Engine(find(tmp_path), device="cpu")
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(adapters_module, "sha256_of", fail)
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors: cannot be read, .*Input/output error"):
+            ask(engine, "sft")
+    assert engine.backbone.roles == []
+    assert_nothing_is_left(engine)
+    assert ask(engine, "sft")[-1][0].tokens > 0
+    assert len(engine.backbone.roles) == 1
+
+
 def test_an_adapter_of_another_base_is_refused_in_words(tmp_path):
     write_run(tmp_path / "mine")
     engine = Engine(find(tmp_path, base=TINY), device="cpu")
@@ -568,6 +590,89 @@ def test_what_cannot_be_scored_is_told(engine):
         engine.score("sft", HI, "yes")
     with pytest.raises(UserError, match="too long"):
         engine.score("reward", HI, "y" * 3000)
+
+
+# The base
+
+NO_CHAT = "74234e98afe7498f"  # the first 16 digits of sha256("null")
+
+
+def of_another_base(run, **base):
+    """Make it a run of the tiny base with these facts changed, as if it had been trained elsewhere."""
+    edit(run, lambda info: info["base"].update(base))
+    edit(run, lambda info: info["recipe"]["base"].update({k: v for k, v in base.items() if k == "model"}))
+
+
+def two_more(runs, **base):
+    """The majority of the runs is of another base from now on."""
+    for name in ("new", "newer"):
+        shutil.copytree(runs / "sft", runs / name)
+        of_another_base(runs / name, **base)
+
+
+@pytest.fixture
+def arena(tmp_path):
+    write_run(tmp_path / "runs" / "sft", seed=1)
+    return Arena(Options(tmp_path / "runs", tmp_path / "votes.db"))
+
+
+def while_loading(monkeypatch, happens, fails=False):
+    """Let something happen after the loading of the base has started and before it has ended."""
+
+    class Slow(Backbone):
+        def __init__(self, base):
+            happens()
+            if fails:
+                raise UserError("no such base")
+            super().__init__(base)
+
+    monkeypatch.setattr(engine_module, "Backbone", Slow)
+
+
+@pytest.mark.parametrize("change", [{"model": "other-1b"}, {"template_hash": "another"}])
+def test_a_scan_while_the_base_is_loading_and_after_stays_on_it(arena, monkeypatch, change):
+    runs, seen = arena.options.runs, []
+    two_more(runs, **change)
+    while_loading(monkeypatch, lambda: seen.append(arena.rescan()))
+    said = texts(arena.engine, "sft")
+    for catalog in (*seen, arena.rescan(), arena.engine.catalog):
+        assert list(catalog.speakers) == ["base", "sft"]
+        assert catalog.base.model == "tiny"
+        assert sorted(problem.path.name for problem in catalog.problems) == ["new", "newer"]
+    assert len(seen) == 1
+    assert texts(arena.engine, "sft") == said
+
+
+def test_a_reward_run_elsewhere_must_be_on_the_base_as_the_others(arena, tmp_path):
+    elsewhere = write_run(tmp_path / "elsewhere" / "rm", "reward")
+    options = replace(arena.options, reward=str(elsewhere))
+    assert Arena(options).reward == "rm"
+    of_another_base(elsewhere, template_hash="another")
+    with pytest.raises(UserError, match="is no reward run on the base tiny: it is on another chat template"):
+        Arena(options)
+
+
+def test_before_the_base_is_loading_and_after_it_failed_the_scan_chooses(arena, monkeypatch):
+    two_more(arena.options.runs, model="other-1b")
+    while_loading(monkeypatch, lambda: None, fails=True)
+    with pytest.raises(UserError, match="no such base"):
+        arena.engine.load()
+    assert not arena.engine.loaded
+    assert arena.rescan().base.model == "other-1b"
+    assert sorted(arena.catalog.speakers) == ["base", "new", "newer"]
+
+
+def test_the_template_of_a_base_that_was_loaded_before_there_were_runs_stays(tmp_path):
+    arena = Arena(Options(tmp_path / "runs", tmp_path / "votes.db", base="tiny"))
+    arena.engine.load()
+    for name, template in (("right", DEFAULT_TEMPLATE), ("wrong", "Q: {prompt}"), ("newest", "Q: {prompt}")):
+        run = write_run(tmp_path / "runs" / name)
+        edit(run, lambda info: info["base"].update(template_hash=NO_CHAT, quantization=arena.catalog.base.quantization))
+        edit(run, lambda info, template=template: info["recipe"]["data"].update(prompt_template=template))
+    catalog = arena.rescan()
+    assert list(catalog.speakers) == ["base", "right"]
+    assert catalog.prompt_template == DEFAULT_TEMPLATE
+    assert ["another data.prompt_template" in problem.reason for problem in catalog.problems] == [True, True]
 
 
 # Several callers

@@ -31,7 +31,7 @@ class Arena:
     def __init__(self, options: Options):
         self.options = options
         self._scanning = threading.Lock()
-        self.catalog = self._with_reward(find(options.runs, options.adapters, _named_base(options)))
+        self.catalog = self._scan()
         self.reward = _reward_name(self.catalog, options.reward)
         unknown = [name for name in options.models if name not in self.catalog.speakers]
         if unknown:
@@ -42,12 +42,14 @@ class Arena:
         self.study = Study(options, self.store, lambda: self.catalog)
 
     def rescan(self) -> Catalog:
-        """Look for new runs; a base that is loaded stays the base."""
+        """Look for new runs; a base whose loading has started stays the base, with its template."""
         with self._scanning:
-            base = self.catalog.base if self.engine.loaded else _named_base(self.options)
-            self.catalog = self._with_reward(find(self.options.runs, self.options.adapters, base))
-            self.engine.catalog = self.catalog
+            self.catalog = self.engine.rescan(self._scan)
         return self.catalog
+
+    def _scan(self, pinned: Catalog | None = None) -> Catalog:
+        base = None if pinned else _named_base(self.options)
+        return self._with_reward(find(self.options.runs, self.options.adapters, base, pinned=pinned))
 
     def _with_reward(self, catalog: Catalog) -> Catalog:
         """Add a reward run that lies elsewhere than the other runs."""
@@ -55,7 +57,9 @@ class Arena:
         if folder is None or str(folder) in catalog.rewards or not (folder / "run.json").is_file():
             return catalog
         if folder.resolve() not in {path.resolve() for path in catalog.rewards.values()}:
-            elsewhere = find(folder, base=catalog.base)
+            elsewhere = find(folder, pinned=catalog)
+            known = {problem.path.resolve() for problem in catalog.problems}
+            catalog.problems.extend(p for p in elsewhere.problems if p.path.resolve() not in known)
             for name, path in elsewhere.rewards.items():
                 catalog.rewards.setdefault(name, path)
         return catalog

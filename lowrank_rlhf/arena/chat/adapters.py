@@ -94,16 +94,18 @@ class Adapters:
             raise UserError(f"{weights}: has vanished since the runs were scanned; press Refresh")
         self._drop(key)
         self._make_room(count, set(needed))
-        self.loaded[key] = Loaded(self._put(weights, load), version, sha256_of(weights))
+        roles, hashed = self._put(weights, load)
+        self.loaded[key] = Loaded(roles, version, hashed)
         if _version(weights) != version:
             self._drop(key)
             raise UserError(f"{weights}: was written again while it was read; try once more")
 
-    def _put(self, weights: Path, load: Callable[[str], list[str]]) -> list[str]:
+    def _put(self, weights: Path, load: Callable[[str], list[str]]) -> tuple[list[str], str]:
+        """Roles and hash of the weights; where either cannot be had, no role stays."""
         self._count += 1
         before = set(self.backbone.roles)
         try:
-            roles = load(f"adapter{self._count}")
+            return load(f"adapter{self._count}"), sha256_of(weights)
         except BaseException as error:
             for role in set(self.backbone.roles) - before:
                 self.backbone.drop_role(role)
@@ -114,7 +116,6 @@ class Adapters:
                 reason = (str(error) or repr(error)).splitlines()[0]
                 raise UserError(f"{weights}: cannot be read, it is damaged or not of this version: {reason}") from error
             raise
-        return roles
 
     def _load(self, found: Found, role: str) -> list[str]:
         assert found.weights is not None

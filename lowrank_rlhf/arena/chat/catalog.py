@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_rlhf.arena.chat.files import Broken, adapter_lora, inside, lora_of_recipe, run_info
-from lowrank_rlhf.arena.chat.scan import Problem, RunFolder, choose_base, mismatch, readable_runs
+from lowrank_rlhf.arena.chat.scan import Problem, RunFolder, choose_base, mismatch, pinned_identity, readable_runs
 from lowrank_rlhf.arena.votes.records import Speaker
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
@@ -60,6 +60,7 @@ class Catalog:
         problems: what was left out.
         prompt_template: of a base without a chat template.
         limits: of the runs' recipes.
+        identity: what a run must be made of to be on the base; None where no run says.
     """
 
     base: Base
@@ -68,22 +69,29 @@ class Catalog:
     problems: list[Problem]
     prompt_template: str = DEFAULT_TEMPLATE
     limits: Limits = Limits()
+    identity: tuple[Any, ...] | None = None
 
 
-def find(runs: Path, adapters: Mapping[str, Path] = {}, base: Base | None = None) -> Catalog:
+def find(
+    runs: Path, adapters: Mapping[str, Path] = {}, base: Base | None = None, *, pinned: Catalog | None = None
+) -> Catalog:
     """Scan a folder of runs (`runs/*` and `runs/*/*`), and add adapters from anywhere.
 
     Args:
         runs: the folder; one that does not exist has no runs. It may be a run itself.
         adapters: name → a PEFT folder, or a run directory that is not in `runs`.
         base: what the speakers must be on; None is the base of most runs, of the newest where that is a draw.
+        pinned: an earlier scan whose base is loaded; its base, identity and template stay, whatever runs there are.
     """
     problems: list[Problem] = []
     found = readable_runs(runs, problems)
-    base, identity = choose_base(found, base)
+    if pinned is None:
+        base, identity = choose_base(found, base)
+    else:
+        base, identity = pinned.base, pinned_identity(pinned.base, pinned.identity, pinned.prompt_template)
     speakers = {BASE: Found(_speaker(BASE, base, identity))}
     rewards: dict[str, Path] = {}
-    limits, template = None, DEFAULT_TEMPLATE
+    limits, template = None, (identity and identity[-1]) or DEFAULT_TEMPLATE
     root = runs.resolve()
     for run in found:
         if reason := mismatch(run, identity):
@@ -92,13 +100,13 @@ def find(runs: Path, adapters: Mapping[str, Path] = {}, base: Base | None = None
         before = len(speakers) + len(rewards)
         _add_run(run, root, speakers, rewards, problems)
         if len(speakers) + len(rewards) > before:
-            limits, template = _wider(limits, run), run.info["recipe"]["data"]["prompt_template"]
+            limits = _wider(limits, run)
     for name, folder in adapters.items():
         try:
             _add_adapter(name, folder, speakers, base, identity)
         except Broken as error:
             problems.append(Problem(folder, str(error)))
-    return Catalog(base, speakers, rewards, problems, template, limits or Limits())
+    return Catalog(base, speakers, rewards, problems, template, limits or Limits(), identity)
 
 
 def _wider(limits: Limits | None, run: RunFolder) -> Limits:

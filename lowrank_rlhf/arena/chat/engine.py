@@ -6,6 +6,7 @@ no hook and no cache: the next one equals that of a fresh process.
 """
 
 import gc
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -71,7 +72,7 @@ class Engine:
     """Generates and scores for everybody; loads the base when it is first needed.
 
     Args:
-        catalog: who there is; put a newer one in its place when runs have appeared.
+        catalog: who there is; `rescan` puts a newer one in its place when runs have appeared.
         device: where the base goes.
         max_adapters: on the base at a time; the ones not used for longest leave.
 
@@ -83,6 +84,8 @@ class Engine:
     def __init__(self, catalog: Catalog, *, device: str = "auto", max_adapters: int = 6):
         self.catalog, self.device, self.max_adapters = catalog, device, max_adapters
         self._turns = Turns()
+        self._choosing = threading.Lock()
+        self._pinned: Catalog | None = None  # the one whose base is loaded, from when its loading starts
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._backbone: Backbone | None = None
         self._adapters: Adapters | None = None
@@ -96,6 +99,17 @@ class Engine:
     def loaded(self) -> bool:
         """Whether the base is in memory."""
         return self._prompts is not None
+
+    def rescan(self, look: Callable[[Catalog | None], Catalog]) -> Catalog:
+        """Put a newer catalog in the place of this one.
+
+        Args:
+            look: scans; it is given the catalog whose base is loaded or being loaded, and must stay on that. None
+                leaves it free to choose.
+        """
+        with self._choosing:
+            self.catalog = look(self._pinned)
+            return self.catalog
 
     def load(self) -> None:
         """Load the base now, so that the first answer need not wait for it."""
@@ -192,9 +206,15 @@ class Engine:
 
     def _loaded(self) -> tuple[Backbone, Adapters, Prompts]:
         if self._backbone is None or self._adapters is None or self._prompts is None:
-            backbone = Backbone(replace(self.catalog.base, device=self.device))
+            with self._choosing:
+                catalog = self._pinned = self.catalog
+            try:
+                backbone = Backbone(replace(catalog.base, device=self.device))
+            except BaseException:
+                self._pinned = None
+                raise
             self._adapters = Adapters(backbone, self.max_adapters)
-            self._prompts = Prompts(backbone.tokenizer, backbone.context, self.catalog.prompt_template)
+            self._prompts = Prompts(backbone.tokenizer, backbone.context, catalog.prompt_template)
             self._backbone = backbone
         return self._backbone, self._adapters, self._prompts
 

@@ -90,6 +90,12 @@ def _age(run: RunFolder) -> float:
         return 0.0
 
 
+def pinned_identity(base: Base, identity: tuple[Any, ...] | None, prompt_template: str) -> tuple[Any, ...]:
+    """What a run must be made of to be on a base that is loaded, with the template that its prompts are written in."""
+    *known, template = identity or (base.model, base.quantization, base.revision, None, None)
+    return (*known, template or prompt_template)
+
+
 def choose_base(found: list[RunFolder], base: Base | None) -> tuple[Base, tuple[Any, ...] | None]:
     """The base of the app, and what a run must be made of to be on it; None where no run says."""
     fitting = [r for r in found if base is None or _is_of(r, base)]
@@ -118,7 +124,8 @@ def mismatch(run: RunFolder, identity: tuple[Any, ...] | None) -> str | None:
     if identity is None:
         return None
     for key, here, theirs in zip(REASONS, identity, run.identity, strict=True):
-        if here != theirs and not (here is None and key != "revision"):
+        # A run on a base with a chat template has no prompt template
+        if here not in (None, theirs) and not (theirs is None and key == "prompt_template"):
             fix = f"; start the app with --base {theirs}" if key == "model" else ""
             return f"is on {REASONS[key]} ({theirs!r}, here {here!r}), so its adapter means nothing here{fix}"
     return None

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -82,8 +83,9 @@ def test_links_that_lead_out_of_the_folder_are_left_out(runs, tmp_path):
     (runs / "out").symlink_to(tmp_path / "secret")
     (runs / "pipeline" / "up").symlink_to("../../secret")
     (runs / "again").symlink_to("sft")
+    (runs / "loop").symlink_to(runs / "loop")
     names = {run.name for run in read_runs(runs)}
-    assert names.isdisjoint({"out", "pipeline/up"})
+    assert names.isdisjoint({"out", "pipeline/up", "loop"})
     assert "again" in names
 
 
@@ -156,6 +158,46 @@ def test_text_of_runs_is_no_markup(tmp_path):
     assert "&lt;script&gt;" in page
     for piece in ("<script", "<img", "<b>x", "javascript:", "<a "):
         assert piece not in page, piece
+
+
+NO_STEPS = ("NaN", "Infinity", "-Infinity", "1" + "0" * 400, "true", '"7"', "null", "[1]")
+
+
+def test_lines_without_a_step_are_left_out_of_curves_and_samples(tmp_path):
+    folder = make(
+        tmp_path / "runs" / "a",
+        {"stage": "ppo"},
+        lines({"step": 1, "loss": 1.0}, {"step": 2.0, "loss": 2.0})
+        + "".join(f'{{"step": {step}, "loss": 9.0}}\n' for step in NO_STEPS),
+    )
+    sample = {"prompt": "Why?", "completion": "Because."}
+    (folder / "samples.jsonl").write_text(
+        lines({"step": 1, **sample}, {"step": 2.0, **sample})
+        + "".join(f'{{"step": {step}, "prompt": "x", "completion": "y"}}\n' for step in NO_STEPS)
+    )
+    [run] = read_runs(tmp_path / "runs")
+    assert run.step == 2
+    [(_, curves)] = run.curves()
+    assert curves == {"loss": ([1, 2.0], [1.0, 2.0])}
+    assert {step: len(rows) for step, rows in run.samples().items()} == {1: 1, 2: 1}
+    assert run_view.runs_table([run], "runs") + run_view.overview(run) + run_view.curves(run)
+
+
+def test_a_file_that_vanishes_between_two_looks_at_it_is_none(runs, monkeypatch):
+    before = {run.name for run in read_runs(runs)}
+    real = Path.stat
+
+    def gone(path, **options):
+        if path.name in {"metrics.jsonl", "recipe.yaml"}:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "exists", lambda path: os.path.exists(path))  # it was there when it was asked for
+    monkeypatch.setattr(Path, "stat", gone)
+    found = {run.name: run for run in read_runs(runs)}
+    assert found.keys() == before
+    assert found["slow"].minutes is None
+    assert all(run_view.overview(run) for run in found.values())
 
 
 def test_samples_by_step(tmp_path):

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lowrank_rlhf.arena.chat.files import inside
 from lowrank_rlhf.plots import ENTROPY, PLOTS, Curve, Plot, Row, curves_of
 from lowrank_rlhf.runs import METRICS, RECIPE, SAMPLES, WARNINGS
 from lowrank_rlhf.stability import entropy_per_token
@@ -28,7 +29,7 @@ class Trained:
     Attributes:
         name: its path under the folder of runs: sft, pipeline/ppo.
         info: run.json, {} where there is none that can be read.
-        rows: of metrics.jsonl that can be read; every value a number, every row with a step.
+        rows: of metrics.jsonl that can be read; every value a number, every row with a finite step.
         problems: what is wrong with its files, in words.
         updated: when it last wrote, seconds since the epoch.
     """
@@ -68,8 +69,8 @@ class Trained:
         """Of training: as the run recorded them, else since its recipe was written."""
         if isinstance(self.info.get("minutes"), int | float):
             return float(self.info["minutes"])
-        recipe = self.path / RECIPE
-        return max(0.0, self.updated - recipe.stat().st_mtime) / 60 if recipe.exists() else None
+        started = _written(self.path / RECIPE)
+        return None if started is None else max(0.0, self.updated - started) / 60
 
     @property
     def final(self) -> dict[str, Any]:
@@ -89,8 +90,8 @@ class Trained:
         """Step → answers shown then, of samples.jsonl."""
         by_step: dict[int, list[dict[str, Any]]] = {}
         for row in _rows(self.path / SAMPLES, []):
-            if isinstance(row.get("step"), int):
-                by_step.setdefault(row["step"], []).append(row)
+            if _has_step(_numbers(row)):
+                by_step.setdefault(int(row["step"]), []).append(row)
         return by_step
 
     def warnings(self) -> list[tuple[Any, str]]:
@@ -123,19 +124,27 @@ def read_run(path: Path, folder: Path) -> Trained:
             problems.append(f"run.json: cannot be read ({error})")
     elif (path / METRICS).exists():
         problems.append("run.json: missing; the run was killed while it was made, or the folder was copied in part")
-    rows = [row for row in map(_numbers, _rows(path / METRICS, problems)) if "step" in row]
-    changed = [file.stat().st_mtime for file in (path / name for name in MARKS) if file.exists()]
-    return Trained(path.relative_to(folder).as_posix(), path, info, rows, max(changed, default=0.0), problems)
+    rows = [row for row in map(_numbers, _rows(path / METRICS, problems)) if _has_step(row)]
+    updated = max(_written(path / name) or 0.0 for name in MARKS)
+    return Trained(path.relative_to(folder).as_posix(), path, info, rows, updated, problems)
 
 
 def _folders(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         return
-    inside = folder.resolve()
+    root = folder.resolve()
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and path.resolve().is_relative_to(inside) and any((path / mark).is_file() for mark in MARKS):
+        if not hidden and inside(path, root) and any((path / mark).is_file() for mark in MARKS):
             yield path
+
+
+def _written(path: Path) -> float | None:
+    """When a file was last written, None where there is none; a training may replace or remove it at any moment."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _rows(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
@@ -183,6 +192,14 @@ def _numbers(row: dict[str, Any]) -> Row:
     """
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and value is not True}
     return {key: value if abs(value) < 1e300 or value != value else math.inf for key, value in numbers.items()}
+
+
+def _has_step(row: Row) -> bool:
+    """
+    >>> [_has_step(row) for row in ({"step": 3}, {"step": math.nan}, {"step": math.inf}, {"loss": 0.5})]
+    [True, False, False, False]
+    """
+    return math.isfinite(row.get("step", math.nan))
 
 
 def _group(values: dict[str, Any], key: str) -> dict[str, Any]:

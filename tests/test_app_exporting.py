@@ -1,7 +1,9 @@
 """Exports from the browser: plain names, one folder, and no way out of it."""
 
 import io
+import os
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -28,14 +30,45 @@ def test_an_export_with_its_card_and_zip(exports):
     report = exports.make("first", eval_fraction=0.5)
     assert exports.names() == ["first"]
     assert sum(rows for name, rows in report.files.items() if name.startswith("preference")) == 6
-    assert exports.card("first").startswith("#") or exports.card("first").startswith("---")
     with zipfile.ZipFile(io.BytesIO(exports.zipped("first"))) as archive:
         files = sorted(path.name for path in (exports.folder / "first").iterdir())
         assert sorted(archive.namelist()) == [f"first/{name}" for name in files]
-        assert archive.read("first/README.md").decode() == exports.card("first")
+        assert archive.read("first/README.md").decode().endswith("\n---\n" + exports.card("first"))
     with pytest.raises(UserError):
         exports.make("first", eval_fraction=0.5)
     exports.make("first", eval_fraction=0.5, overwrite=True)
+
+
+def test_the_newest_is_first_and_what_is_no_export_is_not_there(exports, monkeypatch):
+    for age, name in enumerate(("b", "c", "a")):
+        exports.make(name, eval_fraction=0.5)
+        for path in (exports.folder / name / "README.md", exports.folder / name):
+            os.utime(path, (1e9 - age, 1e9 - age))
+    (exports.folder / "empty").mkdir()
+    assert exports.names() == ["b", "c", "a"]
+    real = Path.stat
+
+    def gone(path, **options):
+        if "c" in path.parts:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "is_file", lambda path: os.path.isfile(path))  # it was there when it was asked for
+    monkeypatch.setattr(Path, "stat", gone)
+    assert exports.names() == ["b", "a"]
+
+
+def test_the_card_is_shown_without_the_header_for_programs(exports):
+    exports.make("first", eval_fraction=0.5)
+    whole = (exports.folder / "first/README.md").read_text()
+    assert whole.startswith("---\nconfigs:\n")  # which the download keeps
+    assert exports.card("first").startswith("# Votes\n")
+    assert "config_name" in whole
+    assert "config_name" not in exports.card("first")
+    (exports.folder / "first/README.md").write_text("# Mine\n\none\n---\ntwo\n---\n")
+    assert exports.card("first") == "# Mine\n\none\n---\ntwo\n---\n"
+    (exports.folder / "first/README.md").write_text("---\n---\n\n# Mine\n\n---\nend\n")
+    assert exports.card("first") == "# Mine\n\n---\nend\n"
 
 
 @pytest.mark.parametrize(

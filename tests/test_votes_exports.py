@@ -290,6 +290,48 @@ def test_a_failure_leaves_what_was_there(many, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir() if "votes.db" not in path.name) == ["out"]
 
 
+def fail_to_appear(monkeypatch, meanwhile=lambda target: None):
+    """The finished folder cannot take its place, and something happens just before."""
+    real = exports.Path.rename
+
+    def rename(path, target):
+        if path.name.endswith(".tmp"):
+            meanwhile(target)
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(exports.Path, "rename", rename)
+
+
+def test_an_export_that_cannot_take_its_place_gives_it_back(many, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export(many, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    fail_to_appear(monkeypatch)
+    for folder in (out, tmp_path / "new"):
+        with pytest.raises(UserError, match=r"cannot be written \(Input/output error\); what was there is as it was"):
+            export(many, folder, seed=1, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir() if "votes.db" not in path.name) == ["out"]
+
+
+def test_an_export_whose_place_was_taken_meanwhile_is_kept_and_told_where(many, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export(many, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def take(target):
+        target.mkdir()
+        (target / "theirs.txt").write_text("theirs")
+
+    fail_to_appear(monkeypatch, take)
+    with pytest.raises(UserError, match=r"what was there is now .*/\.out\.\w+\.old"):
+        export(many, out, overwrite=True)
+    (kept,) = tmp_path.glob(".out.*")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert [path.name for path in out.iterdir()] == ["theirs.txt"]
+
+
 def test_nothing_to_export_and_bad_values_are_told(store, tmp_path):
     with pytest.raises(UserError, match="no vote gives training data"):
         export(store, tmp_path / "out")

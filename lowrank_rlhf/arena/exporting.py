@@ -3,6 +3,7 @@
 import io
 import re
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from lowrank_rlhf.arena.votes.database import Store
@@ -11,6 +12,7 @@ from lowrank_rlhf.errors import UserError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 CARD = "README.md"
+FRONT_MATTER = re.compile(r"\A---\n.*?^---\n+", re.DOTALL | re.MULTILINE)  # of the card, for programs
 
 
 class Exports:
@@ -28,8 +30,12 @@ class Exports:
         """The exports there are, the newest first."""
         if not self.folder.is_dir():
             return []
-        found = [path for path in self.folder.iterdir() if NAME.fullmatch(path.name) and (path / CARD).is_file()]
-        return [path.name for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+        written: dict[str, float] = {}
+        for path in self.folder.iterdir():
+            with suppress(OSError):  # no export, or one that is being replaced at this moment
+                if NAME.fullmatch(path.name):
+                    written[path.name] = (path / CARD).stat().st_mtime
+        return sorted(written, key=lambda name: -written[name])
 
     def make(
         self, name: str, *, eval_fraction: float, seed: int = 0, blind_only: bool = False, overwrite: bool = False
@@ -59,13 +65,13 @@ class Exports:
         return path
 
     def card(self, name: str) -> str:
-        """The data card of an export.
+        """The data card of an export, as people read it: without the header that is for programs.
 
         Raises:
             UserError: there is no such export.
         """
         try:
-            return (self.path(name) / CARD).read_text(encoding="utf-8")
+            return FRONT_MATTER.sub("", (self.path(name) / CARD).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"name: there is no export {name}") from error
 

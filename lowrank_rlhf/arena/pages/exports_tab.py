@@ -1,6 +1,5 @@
 """The Export tab: votes as data sets to train on, with their card, and their files as one download."""
 
-import re
 from typing import Any
 
 import gradio as gr
@@ -12,7 +11,6 @@ from lowrank_rlhf.arena.pages.sides import markdown, plain
 from lowrank_rlhf.arena.votes.exports import ExportReport
 from lowrank_rlhf.errors import UserError
 
-FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # of the card, for programs
 NOTHING = '<div class="empty">Nothing exported yet.</div>'
 
 
@@ -66,7 +64,7 @@ def _card(exports: Exports, name: str) -> str:
     except UserError as error:
         return f'<div class="note problem">{plain(str(error))}</div>'
     link = f'<p><a class="download" href="/downloads/{plain(name)}.zip" download>Download {plain(name)}.zip</a></p>'
-    return f'{link}<div class="report answer">{markdown(FRONT_MATTER.sub("", text))}</div>'
+    return f'{link}<div class="report answer">{markdown(text)}</div>'
 
 
 def _summary(report: ExportReport) -> str:

@@ -187,10 +187,26 @@ def _appearing(target: Path) -> Iterator[Path]:
         yield scratch
         if target.exists():
             target.rename(old)
-        scratch.rename(target)
+        try:
+            scratch.rename(target)
+        except OSError:
+            _put_back(old, target)
+            raise
         descriptor = os.open(target.absolute().parent, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    """
+    Raises:
+        UserError: somebody else has taken the place meanwhile.
+    """
+    try:
+        if old.exists():
+            old.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); what was there is now {old}") from error

@@ -32,20 +32,19 @@ class Voices:
         self.asked.append(tuple(requests))
         words = [[f"answer {r.decoding.seed} word {i} " for i in range(4)] for r in requests]
         texts = [""] * len(words)
+        by = [replace(self.catalog.speakers[r.speaker].speaker, adapter_hash=HASH) for r in requests]
         for step in range(4):
             if stop():
                 break
             texts = [text + words[row][step] for row, text in enumerate(texts)]
-            yield [Progress(text, step + 1, 10 * step, 10, done=step == 3, ended=step == 3) for text in texts]
+            last = step == 3
+            yield [Progress(t, step + 1, 10 * step, 10, last, last, speaker=s) for t, s in zip(texts, by, strict=True)]
             if step == 1 and self.problem:
                 raise self.problem
             if step == 1 and self.hold:
                 self.hold.wait(20)
         if stop():
-            yield [Progress(text, 2, 20, 10, done=True, stopped=True) for text in texts]
-
-    def speaker(self, name):
-        return replace(self.catalog.speakers[name].speaker, adapter_hash=HASH)
+            yield [Progress(t, 2, 20, 10, True, stopped=True, speaker=s) for t, s in zip(texts, by, strict=True)]
 
     def score(self, reward, prompt, text, system=""):
         self.scored.append((reward, text))

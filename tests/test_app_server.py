@@ -194,6 +194,7 @@ def test_the_runs_tab_in_a_browser_asks_nobody_else_for_anything(app, width):
         browser.open(app.url)
         browser.tab("Runs")
         browser.wait_text("torn")
+        browser.click("details.note > summary")
         browser.wait_text("cannot be read")
         browser.tab("Recipe")
         assert browser.overflow() <= 0

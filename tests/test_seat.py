@@ -150,6 +150,51 @@ def test_an_error_names_nobody(app, name, capsys):
     assert seat.state == "shown"
 
 
+def test_what_nobody_foresaw_is_in_the_log_and_not_on_the_page(app, capsys):
+    app.engine.problem = RuntimeError(f"shape of {SECRETS[0]}")
+    seat = Seat(app, "ana")
+    seat.next()
+    with pytest.raises(UserError) as told:
+        list(seat.stream())
+    assert str(told.value) == KEPT_BACK
+    assert f"RuntimeError: shape of {SECRETS[0]}" in capsys.readouterr().err
+
+
+def test_the_name_of_one_that_a_scan_has_taken_away_is_kept_back_too(app):
+    app.engine.problem = UserError(f"the weights of {SECRETS[0]}, {SECRETS[1]} and {SECRETS[2]} are gone")
+    seat = Seat(app, "ana")
+    seat.next()
+    voices = seat.stream()
+    next(voices)
+    app.catalog = replace(app.catalog, speakers={})
+    with pytest.raises(UserError) as told:
+        list(voices)
+    assert str(told.value) == KEPT_BACK
+
+
+@pytest.mark.parametrize("go_on", [Seat.next, Seat.regenerate])
+def test_one_that_cannot_answer_does_not_stop_the_study(app, go_on):
+    broken, answer = SECRETS[0], app.engine.stream
+
+    def stream(requests, stop):
+        if broken in [request.speaker for request in requests]:
+            raise UserError(f"the weights of {broken} are gone")
+        return answer(requests, stop)
+
+    app.engine.stream = stream
+    failed, seat = 0, Seat(app, "ana")
+    while app.store.counts()["comparisons"] < 3 and failed < 12:
+        go_on(seat) if seat.state == "asked" else seat.next()
+        try:
+            list(seat.stream())
+            seat.vote("a")
+        except UserError:
+            failed += 1
+    assert 0 < failed < 8
+    assert app.store.counts()["pair"] == 3
+    assert app.study.progress("ana") == (3, 3)
+
+
 def test_an_error_about_the_prompt_is_told_as_it_is(app):
     app.engine.problem = UserError("this conversation has 900000 tokens, this base attends to 8192")
     seat = Seat(app, "ana")

@@ -107,11 +107,34 @@ def test_nothing_that_is_sent_before_the_vote_names_a_model(served):
     others = [event for event in session.events() if event["id"] not in votes and event["inputs"]]
     assert len(others) > 10  # thumbs, better answers, whatever the page may send
     for event in others:
-        session.fire(event, "ana")
+        session.fire(event, "ana", app.store.comparisons_of("ana")[-1].id)
+    assert app.store.counts()["thumb"] >= 2  # what judges did judge
     assert leaks(session.all) == []
     comparison = app.store.comparisons_of("ana")[-1]
-    session.press("vote-a", "ana")
+    session.press("vote-a", "ana", comparison.id)
     assert {answer.speaker.name for answer in comparison.answers} <= set(leaks(session.all))  # the test can see them
+
+
+@pytest.mark.parametrize("trigger", ["vote-a", "thumb", "better"])
+def test_a_vote_on_what_the_page_no_longer_shows_is_not_taken(served, trigger):
+    app, url = served()
+    session = Session(url)
+    session.press("vote-begin", "ana")
+    seen = app.store.comparisons_of("ana")[0].id
+    session.press("vote-skip", "ana", seen)
+    events = {
+        "vote-a": list(session.events("vote-a")),
+        "thumb": list(session.events("vote-good-a")),
+        "better": list(session.events("vote-better-save")),
+    }[trigger]
+    more = [] if trigger != "better" else [0, "My own answer."]
+    for event in events:
+        session.fire(event, "ana", seen, *more)
+    assert "about to be replaced" in session.all
+    assert app.store.counts()["votes"] == 0
+    for event in events:
+        session.fire(event, "ana", app.store.comparisons_of("ana")[1].id, *more)
+    assert app.store.counts()["votes"] == 1
 
 
 @pytest.mark.parametrize("name", SECRETS)
@@ -155,6 +178,16 @@ def test_a_program_votes_through_the_whole_queue(served):
     assert (counts["pair"], counts["thumb"], counts["better"]) == (3, 3, 3)
     client.predict("mine-2", annotator="ana", api_name="/undo")
     assert app.store.counts()["pair"] == 2
+    with pytest.raises(AppError, match="the names were shown"):
+        client.predict(shown["comparison"], "a", vote_id="mine-3", annotator="ana", api_name="/vote")
+    with pytest.raises(AppError, match="it was taken back"):
+        client.predict(shown["comparison"], "b", 2, vote_id="mine-2", annotator="ana", api_name="/vote")
+    again = client.predict(annotator="ana", api_name="/next")
+    assert set(again["answers"]).isdisjoint(shown["answers"])
+    last = client.predict(again["comparison"], "a", annotator="ana", api_name="/vote")
+    undone = client.predict(last["vote"], annotator="ana", api_name="/undo")
+    client.predict(undone["comparison"], "b", annotator="ana", api_name="/vote")
+    assert [judged.comparison.blind for judged in app.store.judged("pair")] == [True, True, False]
 
 
 def test_a_program_ranks(served):

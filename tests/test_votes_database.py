@@ -90,7 +90,7 @@ def test_a_blind_vote_taken_back_is_not_given_again_with_the_names_known(store, 
     comparison = compared("yes", "no")
     first = cast(store, comparison, "a", id="one")
     store.withdraw(first.id, "ana")
-    with pytest.raises(UserError, match="the names were shown before .* vote on its copy that is not blind"):
+    with pytest.raises(UserError, match=r"the names were shown before .* vote on its copy that is not blind"):
         store.save_vote(vote(comparison, **again))
     with pytest.raises(UserError, match="vote one: it was taken back"):
         store.save_vote(vote(comparison, "a", id="one"))
@@ -167,7 +167,7 @@ def test_the_same_vote_again_is_stored_once(store):
     again = store.save_vote(vote(comparison, "a", id="one", milliseconds=20))
     assert again == first
     store.save_vote(vote(comparison, "b"))
-    with pytest.raises(UserError, match="vote one: .*it stands no more"):
+    with pytest.raises(UserError, match=r"vote one: .*it stands no more"):
         store.save_vote(vote(comparison, "a", id="one"))  # and a late retry does not come to stand again
     assert store.standing(comparison.id)[0].choice == "b"
     with pytest.raises(UserError, match="vote one: another vote has this id"):

@@ -26,12 +26,11 @@ class HasModels(Protocol):
     reward: str | None
 
 
-def blind_comparison(engine: Engine, item: Item, answers: Sequence[Progress], annotator: str) -> Comparison:
+def blind_comparison(item: Item, answers: Sequence[Progress], annotator: str) -> Comparison:
     """What is stored of answers that were generated for an annotator, in the order shown."""
-    speakers = [engine.speaker(name) for name in item.speakers]
     kept = (
         Answer(
-            speaker,
+            answer.speaker,
             decoding,
             item.prompt,
             answer.text,
@@ -41,15 +40,19 @@ def blind_comparison(engine: Engine, item: Item, answers: Sequence[Progress], an
             answer.first_token_milliseconds,
             beside=item.speakers,
         )
-        for speaker, decoding, answer in zip(speakers, item.decodings, answers, strict=True)
+        for decoding, answer in zip(item.decodings, answers, strict=True)
     )
     return Comparison(tuple(kept), annotator, blind=True)
 
 
-def nameless(message: str, catalog: Catalog) -> str:
-    """The message, or where it names a model, a run or a file, one that does not; the server's log has it then."""
+def nameless(message: str, catalog: Catalog, speakers: Sequence[str] = ()) -> str:
+    """The message, or where it names a model, a run or a file, one that does not; the server's log has it then.
+
+    Args:
+        speakers: names besides the catalog's, of which a scan may have taken some away by now.
+    """
     runs = {found.speaker.run for found in catalog.speakers.values()}
-    names = {*catalog.speakers, *catalog.rewards, *runs} - {"", BASE}
+    names = {*catalog.speakers, *catalog.rewards, *runs, *speakers} - {"", BASE}
     if any(name in message for name in names) or f"{BASE!r}" in message or "/" in message:
         print(f"vote page: {message}", file=sys.stderr, flush=True)
         return KEPT_BACK

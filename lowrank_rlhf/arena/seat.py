@@ -3,11 +3,12 @@
 import hashlib
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_rlhf.arena.blind import HasModels, blind_comparison, nameless
+from lowrank_rlhf.arena.blind import KEPT_BACK, HasModels, blind_comparison, nameless
 from lowrank_rlhf.arena.chat.engine import Progress, Request
 from lowrank_rlhf.arena.study import Item
 from lowrank_rlhf.arena.votes.checks import DECIDING, check_name
@@ -52,14 +53,14 @@ class Seat:
         self.item: Item | None = None
         self.comparison: Comparison | None = None
         self.voted: Vote | None = None
-        self._stopping = False
+        self._stopping = self._failed = False
         self._since = 0.0
         self._lock = threading.RLock()
 
     def next(self) -> None:
-        """Go on to what is to be judged next; what is not voted on yet stays."""
+        """Go on to what is to be judged next; what is not voted on yet stays, unless its answers failed."""
         with self._lock:
-            if self.state in ("asked", "answering", "shown"):
+            if self.state in ("asked", "answering", "shown") and not self._failed:
                 self._stopping = self._stopping and self.state == "answering"
                 return
             self._take(self.arena.study.next(self.annotator))
@@ -83,7 +84,7 @@ class Seat:
             self._take(self.arena.study.free(prompt or ""))
 
     def regenerate(self) -> None:
-        """Have the same models answer the same prompt again, before the vote.
+        """Have the same models answer the same prompt again, before the vote; after a failure, those drawn anew.
 
         Raises:
             UserError: there is nothing to answer again, or it has been voted on.
@@ -93,9 +94,9 @@ class Seat:
             if self.item is None or self.state == "voted":
                 raise UserError("There is nothing to answer again; go on to the next prompt.")
             if self.comparison is not None and self.comparison.repeat_of:
-                self._take(self.item)  # its answers are the point of a repeat
-                return
-            self._take(self.arena.study.again(self.item))
+                return self._take(self.item)  # its answers are the point of a repeat
+            draw = self.arena.study.anew if self._failed else self.arena.study.again
+            self._take(draw(self.item))
 
     def stream(self) -> Iterator[list[Progress]]:
         """The answers so far, in the order shown, whenever they have grown; nothing where they are there already.
@@ -110,14 +111,18 @@ class Seat:
             self.state = "answering"
         answers: list[Progress] = []
         try:
-            messages = list(item.prompt)
-            requests = [Request(n, messages, d) for n, d in zip(item.speakers, item.decodings, strict=True)]
+            requests = [Request(n, list(item.prompt), d) for n, d in zip(item.speakers, item.decodings, strict=True)]
             for answers in self.arena.engine.stream(requests, lambda: self._stopping):
                 yield answers
             if any(answer.text for answer in answers) or not self._stopping:
-                self._keep(blind_comparison(self.arena.engine, item, answers, self.annotator))
-        except UserError as error:
-            raise UserError(nameless(str(error), self.arena.catalog)) from error
+                self._keep(blind_comparison(item, answers, self.annotator))
+        except Exception as error:
+            self._failed = True
+            self.arena.study.failed(item)
+            if isinstance(error, UserError):
+                raise UserError(nameless(str(error), self.arena.catalog, item.speakers)) from error
+            traceback.print_exc()  # on the page it could name a model
+            raise UserError(KEPT_BACK) from error
         finally:
             with self._lock:
                 if self.state == "answering":
@@ -126,6 +131,15 @@ class Seat:
     def stop(self) -> None:
         """End the answers that are being written for this seat; what there is of them can be voted on."""
         self._stopping = True
+
+    def judges(self, comparison_id: str) -> None:
+        """Check what a page says that it has drawn: a key may be pressed after the seat has gone on.
+
+        Raises:
+            UserError: another comparison is judged by now, or none.
+        """
+        if self.comparison is None or self.comparison.id != comparison_id:
+            raise UserError("Nothing was saved: these answers were about to be replaced. Look at what is shown now.")
 
     def vote(self, choice: Choice, details: Details = Details(), vote_id: str | None = None, of: str = "") -> Vote:
         """Choose between two answers.
@@ -168,10 +182,11 @@ class Seat:
         vote = Vote(comparison.id, self.annotator, "better", answer=answer.id, text=text, id=vote_id or new_id())
         return self.arena.store.save_vote(vote)
 
-    def undo(self) -> None:
+    def undo(self) -> Comparison:
         """Take the vote on what is shown back, to vote on it again.
 
-        Its names were seen by then, so it is another comparison from now on, which is not blind.
+        Returns:
+            The same answers as another comparison, which is not blind: their names were seen by then.
 
         Raises:
             UserError: nothing was voted on yet.
@@ -181,7 +196,9 @@ class Seat:
                 raise UserError("There is no vote to take back.")
             self.arena.store.withdraw(self.voted.id, self.annotator)
             shown = self.comparison
-            self._keep(Comparison(shown.answers, self.annotator, blind=False))
+            again = Comparison(shown.answers, self.annotator, blind=False)
+            self._keep(again)
+            return again
 
     def reveal(self) -> list[Revealed]:
         """Who gave the answers, in the order shown.
@@ -215,7 +232,8 @@ class Seat:
     # What changes the state
 
     def _take(self, item: Item | None) -> None:
-        self.item, self.comparison, self.voted, self._stopping = item, None, None, False
+        self.item, self.comparison, self.voted = item, None, None
+        self._stopping = self._failed = False
         self.state = "finished" if item is None else "asked"
         if item is not None and item.comparison is not None:
             self._keep(item.comparison)
@@ -225,9 +243,7 @@ class Seat:
         self.arena.store.save_comparison(comparison)
         self.arena.study.count(comparison)
         with self._lock:
-            first = comparison.answers[0]
-            self.item = Item(first.prompt, first.decoding.system, comparison=comparison)
-            self.comparison, self.voted = comparison, None
+            self.item, self.comparison, self.voted = Item.shown(comparison), comparison, None
             self.state, self._since = "shown", time.monotonic()
 
     def _decide(self, of: str, vote_id: str | None, details: Details, **what: object) -> Vote:

@@ -74,7 +74,8 @@ def build(arena: Arena) -> Guard:
         disposition = {"content-disposition": f'attachment; filename="{name}.zip"'}
         return Response(files, media_type="application/zip", headers=disposition)
 
-    _mount(app, voting_page(arena), "/vote", sessions, vote_widgets.HEAD)
+    # An error that nobody foresaw could name a model, so the voting page shows none
+    _mount(app, voting_page(arena), "/vote", sessions, vote_widgets.HEAD, show_error=False)
     _mount(app, workbench.workbench(arena), "/", sessions, ballot.HEAD, workbench.CSS + run_view.CSS)
     return Guard(app, sessions)
 
@@ -87,7 +88,15 @@ def _load_ahead(arena: Arena) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None, head: str, css: str = "") -> None:
+def _mount(
+    app: FastAPI,
+    page: gr.Blocks,
+    path: str,
+    sessions: Sessions | None,
+    head: str,
+    css: str = "",
+    show_error: bool = True,
+) -> None:
     gr.mount_gradio_app(
         app,
         page,
@@ -99,7 +108,7 @@ def _mount(app: FastAPI, page: gr.Blocks, path: str, sessions: Sessions | None, 
         mcp_server=False,
         enable_monitoring=False,
         pwa=False,
-        show_error=True,
+        show_error=show_error,
         max_file_size=0,
         theme=look.THEME,
         css=look.CSS + css,

@@ -5,7 +5,7 @@ import itertools
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from lowrank_rlhf.arena.chat.catalog import Catalog
@@ -41,6 +41,11 @@ class Item:
     @property
     def key(self) -> Key:
         return prompt_key(self.prompt), self.system
+
+    @staticmethod
+    def shown(comparison: Comparison) -> "Item":
+        first = comparison.answers[0]
+        return Item(first.prompt, first.decoding.system, comparison=comparison)
 
 
 @dataclass
@@ -97,9 +102,9 @@ class Study:
             skipped = self._skipped.get(annotator, [])
             left = history.open
             if left is not None and left.id not in skipped and _fits(left, self.options.samples):
-                return _shown(left)
+                return Item.shown(left)
             if repeat := self._repeat(annotator, history):
-                return _shown(repeat)
+                return Item.shown(repeat)
             done = {_key(comparison) for comparison in history.judged}
             for key in sorted(self._order(annotator), key=lambda key: skipped.index(key) if key in skipped else -1):
                 if key not in done:
@@ -124,8 +129,12 @@ class Study:
             speakers = tuple(answer.speaker.name for answer in item.comparison.answers)
         known = self._catalog().speakers
         if not all(name in known for name in speakers):
-            return self._asked(item.prompt, item.system, random.Random())
+            return self.anew(item)
         return self._to(item.prompt, item.system, list(speakers), random.Random())
+
+    def anew(self, item: Item) -> Item:
+        """The same prompt to those who have met least by now."""
+        return self._asked(item.prompt, item.system, random.Random())
 
     def skip(self, annotator: str, item: Item) -> None:
         """Put off to the end of this annotator's queue; a repeat is not shown again."""
@@ -145,10 +154,17 @@ class Study:
         if not comparison.blind or len(names) < 2 or comparison.repeat_of:
             return
         with self._lock:
-            self._met.update(frozenset(pair) for pair in itertools.combinations(names, 2))
-            self._used.update(names)
+            self._pair(names)
             if (key := _key(comparison)) in self.prompts and comparison.prompt is not None:
                 self._answered.setdefault(key, []).append((comparison.id, names))
+
+    def failed(self, item: Item) -> None:
+        """Remember that answers could not be written: their models have had this turn, so that others come first.
+
+        Else one that is broken has always met least, and is drawn for ever.
+        """
+        with self._lock:
+            self._pair(item.speakers)
 
     def progress(self, annotator: str) -> tuple[int, int]:
         """How many comparisons of the queue this annotator has judged, repeats included, and of how many.
@@ -175,6 +191,10 @@ class Study:
             decided = any(vote.kind in DECIDING for vote in votes)
             history.open = None if decided else comparison
         return history
+
+    def _pair(self, names: Sequence[str]) -> None:
+        self._met.update(frozenset(pair) for pair in itertools.combinations(names, 2))
+        self._used.update(names)
 
     def _order(self, annotator: str) -> list[Key]:
         order = list(self.prompts)
@@ -209,7 +229,7 @@ class Study:
             stored = self.store.comparison(comparison_id)
             if stored and not history.seen & {answer.id for answer in stored.answers}:
                 answers = rng.sample([_unscored(a) for a in stored.answers], len(names))
-                return _shown(Comparison(tuple(answers), annotator, True))
+                return Item.shown(Comparison(tuple(answers), annotator, True))
         return self._asked(prompt, system, rng)
 
     def _asked(self, prompt: Turns, system: str, rng: random.Random) -> Item:
@@ -261,11 +281,6 @@ def _key(comparison: Comparison) -> Key:
 def _fits(comparison: Comparison, samples: int) -> bool:
     """Whether one that was left open can be shown now: its answers are to one prompt, and as many as are ranked."""
     return len(comparison.answers) == samples and comparison.prompt is not None
-
-
-def _shown(comparison: Comparison) -> Item:
-    first = comparison.answers[0]
-    return Item(first.prompt, first.decoding.system, comparison=comparison)
 
 
 def _unscored(answer: Answer) -> Answer:

@@ -124,13 +124,15 @@ class Calls:
             return {"vote": self._seat(request, annotator).better(answer, text, vote_id, _named(comparison)).id}
 
     def undo(self, vote: str, request: gr.Request, annotator: str = "") -> dict[str, Any]:
-        """Take a vote back, by its id. The reply is {"withdrawn": id}."""
+        """Take a vote back, by its id. The reply is {"withdrawn": id}.
+
+        Of the vote just given, the reply has "comparison" too: the same answers to vote on again, no longer blind.
+        """
         with _told():
             seat = self._seat(request, annotator)
             if seat.voted is not None and seat.voted.id == vote:
-                seat.undo()
-            else:
-                self.seats.arena.store.withdraw(vote, seat.annotator)
+                return {"withdrawn": vote, "comparison": seat.undo().id}
+            self.seats.arena.store.withdraw(vote, seat.annotator)
             return {"withdrawn": vote}
 
     def _seat(self, request: gr.Request, annotator: str) -> Seat:

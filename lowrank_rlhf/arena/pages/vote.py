@@ -47,6 +47,8 @@ class VotingPage:
             )
             self.begin = gr.Button("Begin", variant="primary", elem_id="vote-begin", min_width=110, scale=1)
         self.prompt = sides.text_box(elem_id="vote-prompt")
+        # Comes back with every vote, so that none lands on what its annotator has not seen yet
+        self.drawn = gr.Textbox(visible="hidden", elem_id="vote-drawn")
         self.answers = Answers(self.count)
         self.note = sides.text_box(elem_id="vote-note")
         with gr.Column(visible=False, elem_id="vote-ballot") as self.ballot:
@@ -89,13 +91,15 @@ class VotingPage:
         on([self.ask.click], Seat.ask, [self.question], answer=True)
         on([self.undo.click], Seat.undo)
         self.stop.click(self._stop, self.name, None, **now)
+        what = [self.name, self.drawn]
+        judged = [*what, *fields]
         for choice, button in self.choices.items():
-            voted = gr.on(button.click, self._event(_chooser(choice)), [self.name, *fields], self.everything, **now)
+            voted = gr.on(button.click, self._event(_chooser(choice)), judged, self.everything, **now)
             voted.then(self.score, self.name, self.answers.texts, **model)
-        ranked = self.rank.click(self._event(_rank), [self.name, *fields, *self.answers.ranks], self.everything, **now)
+        ranked = self.rank.click(self._event(_rank), [*judged, *self.answers.ranks], self.everything, **now)
         ranked.then(self.score, self.name, self.answers.texts, **model)
-        self.answers.wire(self.seat, self.name, self.note, self.improving, now)
-        self.improving.wire(self.seat, self.name, self.note, now)
+        self.answers.wire(self.seat, what, self.note, self.improving, now)
+        self.improving.wire(self.seat, what, self.note, now)
         blocks = gr.context.Context.root_block
         assert blocks is not None
         begun = blocks.load(self.arrive, self.name, self.everything, js=REMEMBERED, **now)
@@ -172,6 +176,7 @@ class VotingPage:
             **dict(zip(self.answers.texts, texts, strict=True)),
             self.onward: gr.update(visible=state == "voted", value=f"Next ({left})" if left else "Next"),
             self.prompt: view.prompt(seat),
+            self.drawn: seat.comparison.id if seat.comparison else "",
             self.top: view.top(seat.annotator, progress, self.arena.options.logins is not None),
             self.guidelines: gr.update(open=not (progress[0] or voted)),
             self.note: _remark(seat, bool(self.arena.study.prompts)),
@@ -200,22 +205,24 @@ class VotingPage:
 
     def _shown(self) -> list[Any]:
         buttons = [self.onward, self.undo, self.stop, self.again, self.skip]
-        texts = [self.top, self.guidelines, self.who, self.name, self.note, self.prompt, *self.answers.outputs]
-        return [*texts, self.ballot, *buttons, self.improving.group, self.own, self.question]
+        texts = [self.top, self.guidelines, self.who, self.name, self.note, self.prompt, self.drawn]
+        return [*texts, *self.answers.outputs, self.ballot, *buttons, self.improving.group, self.own, self.question]
 
 
 def _chooser(choice: Any) -> Step:
-    def choose(seat: Seat, *fields: Any) -> None:
-        seat.vote(choice, ballot.details(*fields))
+    def choose(seat: Seat, drawn: str, *fields: Any) -> None:
+        seat.judges(drawn)
+        seat.vote(choice, ballot.details(*fields), of=drawn)
 
     return choose
 
 
-def _rank(seat: Seat, strength: None, reasons: list[str], comment: str, *ranks: int | None) -> None:
+def _rank(seat: Seat, drawn: str, strength: None, reasons: list[str], comment: str, *ranks: int | None) -> None:
     given = [rank for rank in ranks if rank is not None]
     if len(given) < len(ranks):
         raise UserError("Give every answer a rank; 1 is the best, and equal ranks are ties.")
-    seat.rank(given, ballot.details(None, reasons, comment))
+    seat.judges(drawn)
+    seat.rank(given, ballot.details(None, reasons, comment), of=drawn)
 
 
 def _remark(seat: Seat, has_queue: bool) -> str:

@@ -80,7 +80,10 @@ class Answers:
                 gr.Radio(ranks, label=f"Rank of {letter} (1 is the best)", visible=False, elem_id=f"vote-rank-{index}")
             )
         with gr.Row(visible=False, elem_classes="answer-actions") as row:
-            self.thumbs.append({up: gr.Button(text, size="sm", min_width=64, scale=0) for up, text in THUMBS.items()})
+            named = {up: f"vote-{text.lower()}-{letter.lower()}" for up, text in THUMBS.items()}
+            self.thumbs.append(
+                {up: gr.Button(t, size="sm", min_width=64, scale=0, elem_id=named[up]) for up, t in THUMBS.items()}
+            )
             self.improve.append(gr.Button("Write a better one", size="sm", min_width=150, scale=0))
         self.actions.append(row)
 
@@ -93,14 +96,14 @@ class Answers:
         return {rank: gr.update(value=None) for rank in self.ranks}
 
     def wire(
-        self, find: FindSeat, name: gr.Textbox, note: gr.HTML, improving: "Improving", now: dict[str, Any]
+        self, find: FindSeat, what: list[gr.Textbox], note: gr.HTML, improving: "Improving", now: dict[str, Any]
     ) -> None:
-        """Connect the buttons below the answers."""
+        """Connect the buttons below the answers; `what` are the annotator's name and the id of what the page shows."""
         for index, thumbs in enumerate(self.thumbs):
             for up, button in thumbs.items():
-                button.click(_thumb(find, index, up), name, note, **now)
+                button.click(_thumb(find, index, up), what, note, **now)
             opened = [improving.group, improving.index, improving.text, note]
-            self.improve[index].click(improving.opener(find, index), name, opened, **now)
+            self.improve[index].click(improving.opener(find, index), what, opened, **now)
 
 
 class Improving:
@@ -115,33 +118,37 @@ class Improving:
                 self.cancel = gr.Button("Cancel", min_width=110)
 
     def opener(self, find: FindSeat, index: int) -> Callable[..., list[Any]]:
-        def start(name: str, request: gr.Request) -> list[Any]:
+        def start(name: str, drawn: str, request: gr.Request) -> list[Any]:
             shown = find(name, request).comparison
-            if shown is None:
+            if shown is None or shown.id != drawn:
                 return [gr.skip()] * 4
             label = f"A better answer than {LETTERS[index]}; it becomes an example to learn from"
             return [gr.update(visible=True), index, gr.update(value=shown.answers[index].text, label=label), ""]
 
         return start
 
-    def wire(self, find: FindSeat, name: gr.Textbox, note: gr.HTML, now: dict[str, Any]) -> None:
-        """Connect its buttons."""
+    def wire(self, find: FindSeat, what: list[gr.Textbox], note: gr.HTML, now: dict[str, Any]) -> None:
+        """Connect its buttons; `what` as of `Answers.wire`."""
 
-        def save(name: str, index: int, text: str, request: gr.Request) -> list[Any]:
+        def save(name: str, drawn: str, index: int, text: str, request: gr.Request) -> list[Any]:
             try:
-                find(name, request).better(index, text)
+                seat = find(name, request)
+                seat.judges(drawn)
+                seat.better(index, text, of=drawn)
             except UserError as error:
                 return [gr.skip(), sides.note(_told(error), problem=True)]
             return [hidden(), sides.note(f"Saved: your answer stands as better than {LETTERS[index]}.")]
 
-        self.save.click(save, [name, self.index, self.text], [self.group, note], **now)
+        self.save.click(save, [*what, self.index, self.text], [self.group, note], **now)
         self.cancel.click(hidden, None, self.group, **now)
 
 
 def _thumb(find: FindSeat, index: int, up: bool) -> Callable[..., str]:
-    def thumb(name: str, request: gr.Request) -> str:
+    def thumb(name: str, drawn: str, request: gr.Request) -> str:
         try:
-            find(name, request).thumb(index, up)
+            seat = find(name, request)
+            seat.judges(drawn)
+            seat.thumb(index, up, of=drawn)
         except UserError as error:
             return sides.note(_told(error), problem=True)
         return sides.note(f"Saved: {LETTERS[index]} is {'good' if up else 'bad'}.")

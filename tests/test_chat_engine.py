@@ -452,17 +452,13 @@ def test_a_checkpoint_says_what_its_weights_say(engine, runs):
     assert len(set(texts(engine, "ppo", "ppo step 7", "base"))) == 3
 
 
-def test_speakers_carry_the_hash_of_their_weights_and_the_base(engine, runs):
-    assert engine.adapter_hash("base") == ""
-    assert not engine.loaded
-    sft = engine.speaker("sft")
+def test_answers_carry_the_hash_of_their_weights_and_the_base(engine, runs):
+    requests = [Request(name, HI, GREEDY) for name in ("base", "sft", "dpo step 5")]
+    base, sft, step = (answer.speaker for answer in list(engine.stream(requests))[-1])
+    assert (base.name, base.adapter_hash) == ("base", "")
     assert sft.adapter_hash == sha256_of(runs / "sft/adapters/sft/adapter_model.safetensors")
-    assert not engine.loaded
     assert (sft.name, sft.run, sft.base, sft.revision, sft.quantization) == ("sft", "sft", "tiny", "seed-0", "none")
-    first = engine.stream([Request("sft", HI, GREEDY)])
-    next(first)  # somebody else has the model: nobody waits for it
-    assert engine.speaker("sft") == sft
-    assert engine.speaker("dpo step 5").adapter_hash == sha256_of(runs / "dpo/checkpoints/step-000005/state.pt")
+    assert step.adapter_hash == sha256_of(runs / "dpo/checkpoints/step-000005/state.pt")
 
 
 def test_an_answer_carries_who_wrote_it_whatever_happens_to_the_files_meanwhile(tmp_path):

@@ -24,7 +24,6 @@ from lowrank_rlhf.arena.chat.prompts import Prompts, checked_decoding
 from lowrank_rlhf.arena.chat.turns import Turns
 from lowrank_rlhf.arena.votes.records import Decoding, Message, Speaker
 from lowrank_rlhf.backbone import Backbone
-from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.scoring import score_sequences
 
@@ -170,32 +169,6 @@ class Engine:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         with self._turns.one():
             return self._do(lambda: self._score(self.catalog.rewards[reward], messages, text, system))
-
-    def adapter_hash(self, speaker: str) -> str:
-        """SHA-256 of the weights file that a speaker answers from, as it was loaded; "" for the bare base.
-
-        Waits for nobody's generation, so that an answer can be kept as soon as it is there.
-
-        Raises:
-            UserError: no such speaker, or its weights have vanished.
-        """
-        found = self._found(speaker)
-        if found.weights is None:
-            return ""
-        known = None if self._adapters is None else self._adapters.hash(found)
-        try:
-            return known or sha256_of(found.weights)
-        except OSError as error:
-            raise UserError(f"{found.weights}: has vanished since the runs were scanned; press Refresh") from error
-
-    def speaker(self, name: str) -> Speaker:
-        """What is kept with an answer of this speaker: its record with the hash of its weights and the base's facts.
-
-        Raises:
-            UserError: as `adapter_hash`.
-        """
-        filled = replace(self._found(name).speaker, adapter_hash=self.adapter_hash(name))
-        return filled if self._backbone is None else _on(self._backbone, filled)
 
     @property
     def backbone(self) -> Backbone:

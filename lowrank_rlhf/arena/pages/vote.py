@@ -23,7 +23,7 @@ REMEMBER = "(name) => { localStorage.setItem('annotator', name); return [name]; 
 REMEMBERED = "(name) => [localStorage.getItem('annotator') || name || '']"
 
 Updates = dict[Any, Any]  # component → its new value, as gradio takes them
-Step = Callable[..., None]
+Step = Callable[..., object]
 
 
 def voting_page(arena: Arena) -> gr.Blocks:

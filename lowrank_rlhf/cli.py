@@ -17,6 +17,7 @@ from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
+from lowrank_rlhf.remote.verb import add_remote_arguments, remote
 
 T = TypeVar("T")
 
@@ -57,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_app_arguments(verbs.add_parser("compare", help=summary, description=summary))
     summary = "votes out as training data, in from other files, and what they say: a leaderboard with intervals"
     add_votes_arguments(verbs.add_parser("votes", help=summary, description=summary))
+    summary = "the same on another machine over ssh: install, run, follow, fetch, and the app"
+    add_remote_arguments(verbs.add_parser("remote", help=summary, description=summary))
     args = parse(parser, argv)
     actions = {
         "pipeline": lambda: _pipeline(args),
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "export": lambda: _export(args),
         "votes": lambda: votes(args),
         "compare": lambda: _compare(args),
+        "remote": lambda: remote(args),
     }
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
@@ -197,7 +201,8 @@ def quiet() -> None:
 
 def _pipeline(args: argparse.Namespace) -> int:
     quiet()
-    from lowrank_rlhf.pipeline import load_pipeline, run_pipeline
+    from lowrank_rlhf.pipeline import run_pipeline
+    from lowrank_rlhf.pipeline_recipes import load_pipeline
     from lowrank_rlhf.runs import Interrupted
 
     pipeline = load_pipeline(args.config, args.overrides, run_dir=args.run_dir, everything=args.all, tiny=args.tiny)
@@ -277,3 +282,7 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
     except Interrupted as stop:
         print(f"{stop}; go on with:\n  lowrank-rlhf {recipe.stage} --config {run.dir / RECIPE} --resume")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

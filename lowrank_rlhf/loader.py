@@ -156,8 +156,9 @@ _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def as_yaml(recipe: Any) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads as the same recipe."""
-    return str(yaml.dump(as_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    """The resolved recipe, or the values `as_dict` gives, as YAML that `load_recipe` reads as the same recipe."""
+    values = recipe if isinstance(recipe, dict) else as_dict(recipe)
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
 def as_dict(recipe: Any) -> dict[str, Any]:

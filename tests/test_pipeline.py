@@ -11,7 +11,8 @@ from random import Random
 import pytest
 
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.pipeline import load_pipeline, run_pipeline
+from lowrank_rlhf.pipeline import run_pipeline
+from lowrank_rlhf.pipeline_recipes import load_pipeline
 from tests import kill
 
 ROOT = Path(__file__).parent.parent

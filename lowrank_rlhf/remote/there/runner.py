@@ -1,0 +1,149 @@
+"""The process that outlives the connection: starts a job's training, stops it when asked, and writes how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowrank_rlhf.remote.there.folders import Folders, Refused, read_json, write_text
+
+SECONDS = 0.2  # between two looks at what is asked
+
+
+def detach(folders: Folders, job: Path, secrets: dict[str, str]) -> None:
+    """Run the job's command in a process of its own that no hang-up reaches.
+
+    Raises:
+        Refused: the job is running already, or could not be started.
+    """
+    lock, own = (job / "lock").open("w"), (job / "runner").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused("it is running already") from None
+    daemon(job / "log", lambda ready: _run(folders, job, secrets, lock.fileno(), ready))
+    lock.close()
+    own.close()
+
+
+def daemon(log: Path, work: Callable[[Callable[[], None]], None]) -> None:
+    """Have `work` done by a process of its own; returns when it says that it is ready.
+
+    Raises:
+        Refused: it ended before it was ready; the message is what it failed with.
+    """
+    sys.stdout.flush()
+    read, write = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write)
+        os.waitpid(child, 0)
+        with os.fdopen(read, "rb") as pipe:
+            said = pipe.read().decode("utf-8", "replace")
+        if said != "ready":
+            raise Refused(said or "it ended before it had begun")
+        return
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    status, told = 1, False
+    try:
+        os.close(read)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _redirect(log)
+
+        def ready() -> None:
+            nonlocal told
+            told = True
+            os.write(write, b"ready")
+            os.close(write)
+
+        work(ready)
+        status = 0
+    except BaseException as error:  # noqa: BLE001 - the process ends here, and nobody else would say why
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if not told:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+    finally:
+        os._exit(status)
+
+
+def _redirect(log: Path) -> None:
+    """Everything that is said goes into the log; nothing holds the connection open."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    out = os.open(str(log), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for number, target in ((0, nothing), (1, out), (2, out)):
+        os.dup2(target, number)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+
+
+def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready: Callable[[], None]) -> None:
+    about: dict[str, Any] = dict(read_json(job / "job.json"))
+    command = about["resume_command"] if about.get("resumes") else about["command"]
+    print(f"$ lowrank-rlhf {' '.join(command)}", flush=True)
+    paths = [str(job / "code"), str(folders.work / "inputs")]
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env = {**kept, **about["env"], "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    training = subprocess.Popen(
+        [str(folders.python), "-m", "lowrank_rlhf.remote.launch", *about["launcher"], *command],
+        cwd=str(folders.work),
+        env=env,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        pass_fds=(lock,),
+    )
+    assert training.stdin is not None
+    try:
+        training.stdin.write(json.dumps(secrets).encode() + b"\n")
+        training.stdin.close()
+    except BrokenPipeError:
+        pass  # it has ended, and says why in the log
+    secrets.clear()
+    write_text(job / "pid", str(training.pid))
+    ready()
+    status = _wait(training, job / "stop")
+    _kill(training.pid, signal.SIGKILL)  # what it may have left behind
+    write_text(job / "exit", f"{status}\n")
+
+
+def _wait(training: subprocess.Popen[bytes], stop: Path) -> int:
+    """The training's status; where a stop is asked, SIGTERM to it alone, and at the deadline SIGKILL to all of it."""
+    asked = False
+    while True:
+        try:
+            return training.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        deadline = _deadline(stop)
+        if deadline is None:
+            continue
+        if not asked:
+            asked = True
+            training.terminate()
+        elif time.time() > deadline:
+            print("SIGKILL: it did not stop in time", flush=True)
+            _kill(training.pid, signal.SIGKILL)
+            return training.wait()
+
+
+def _deadline(stop: Path) -> float | None:
+    try:
+        return float(stop.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _kill(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)

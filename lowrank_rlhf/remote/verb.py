@@ -1,0 +1,148 @@
+"""`lowrank-rlhf remote …`: the words of the command line."""
+
+import argparse
+from collections.abc import Callable
+
+from lowrank_rlhf.errors import UserError
+
+FOLDER = "lowrank-rlhf"
+
+
+def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="remote_verb", metavar="VERB", required=True)
+
+    def verb(name: str, summary: str, job: bool = False) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary, description=summary)
+        made.add_argument("host", metavar="HOST", help="user@address, or a Host of ~/.ssh/config")
+        if job:
+            made.add_argument("job", metavar="JOB", nargs="?", help="default: the newest")
+        made.add_argument(
+            "--dir",
+            metavar="DIR",
+            default=FOLDER,
+            help="folder of everything there (%(default)s, in the home directory)",
+        )
+        return made
+
+    up = verb("up", "install this package there and check the machine; again at any time")
+    up.add_argument("--venv", metavar="DIR", help="use an environment that is there instead of making one")
+    push = verb("push", "send the code, and what a recipe names; only what has changed")
+    _add_recipe(push, optional=True)
+    run = verb("run", "start a recipe there; it goes on without this machine")
+    _add_recipe(run)
+    run.add_argument("--follow", "-f", action="store_true", help="show its log until it ends")
+    run.add_argument("--overwrite", action="store_true", help="replace an earlier run in its run_dir there")
+    run.add_argument("--gpus", metavar="N", type=int, default=1, help="processes, each on its own card (1)")
+    run.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help="for its environment; repeatable")
+    _add_secret(run)
+    verb("ps", "all jobs there")
+    logs = verb("logs", "a job's log", job=True)
+    logs.add_argument("-f", "--follow", action="store_true", help="until the job ends, through lost connections")
+    verb("metrics", "a job's figures as they come: the live panel of PPO and GRPO, a line a step of others", job=True)
+    stop = verb("stop", "save a checkpoint and stop a job", job=True)
+    stop.add_argument("--grace", metavar="S", type=float, default=300, help="seconds until it is killed (%(default)s)")
+    resume = verb("resume", "go on with a job from its checkpoint", job=True)
+    resume.add_argument("--follow", "-f", action="store_true", help="show its log until it ends")
+    _add_secret(resume)
+    pull = verb("pull", "fetch a job's adapters, metrics and plots, never the base", job=True)
+    pull.add_argument("--to", metavar="DIR", help="default: the run's own name here")
+    pull.add_argument("--checkpoints", action="store_true", help="fetch these too")
+    pull.add_argument("--votes", action="store_true", help="fetch the votes given in the app there instead")
+    ui = verb("ui", "the app there, in a browser here, until Ctrl-C")
+    ui.add_argument("--port", metavar="N", type=int, default=7860, help="here (%(default)s)")
+    ui.add_argument("--prompts", metavar="FILE", help="a file here whose prompts are voted on")
+    ui.add_argument("--reward", metavar="RUN", help="a reward run there whose scores are shown after the vote")
+    watch = verb("watch", "run a command there once no job has run for a while, as to switch the machine off")
+    watch.add_argument("--idle-stop", metavar="MIN", type=float, help="minutes without a job")
+    watch.add_argument("--command", metavar="CMD", help="for the shell there, as 'sudo poweroff'")
+    watch.add_argument("--off", action="store_true", help="end the watch instead")
+    summary = "a recipe as a task of a tool that rents the machine"
+    export = verbs.add_parser("export", help=summary, description=summary)
+    export.add_argument("--to", choices=("skypilot",), required=True)
+    export.add_argument("--out", metavar="FILE", help="default: the terminal")
+    export.add_argument("--gpu", metavar="NAME", default="L4:1", help="as SkyPilot names it (%(default)s)")
+    _add_recipe(export)
+    _add_secret(export)
+
+
+def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?" if optional else None, help="a YAML file, or a pipeline's"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="recipe keys to change")
+    parser.add_argument("--tiny", action="store_true", help="smoke test: random 2-layer model, two steps")
+    parser.add_argument("--all", action="store_true", help="of a pipeline, also its `more` stages")
+
+
+def _add_secret(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--secret",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a variable set here for its environment, written nowhere; HF_TOKEN and WANDB_API_KEY always are",
+    )
+
+
+def remote(args: argparse.Namespace) -> int:
+    """Do what the words say; returns the exit status.
+
+    Raises:
+        UserError: something is wrong, here, there or in between.
+    """
+    from lowrank_rlhf.remote import machine, pulling, running, serving
+    from lowrank_rlhf.remote.shipment import Shipment, read_shipment
+    from lowrank_rlhf.remote.ssh import Host
+
+    def shipment() -> Shipment:
+        return read_shipment(args.recipe, args.overrides, tiny=args.tiny, everything=args.all)
+
+    if args.remote_verb == "export":
+        from lowrank_rlhf.remote.skypilot import export
+
+        return export(shipment(), args)
+    host = Host(args.host, args.dir)
+
+    def run() -> int:
+        how = running.Start(tuple(args.env), tuple(args.secret), args.gpus, args.overwrite)
+        return follow(running.start(host, shipment(), how))
+
+    def follow(job: str) -> int:
+        if args.follow:
+            return running.logs(host, job, follow=True)
+        print(f"see its log with: lowrank-rlhf remote logs {host.name} {job} -f")
+        return 0
+
+    def push() -> int:
+        if args.tiny and args.recipe is None:
+            raise UserError("--tiny: of which recipe?")
+        running.push(host, shipment() if args.recipe else None)
+        print(f"{host.name}: up to date")
+        return 0
+
+    def watch() -> int:
+        if args.off:
+            return serving.unwatch(host)
+        if args.idle_stop is None or not args.command:
+            raise UserError("watch: give --idle-stop MIN and --command CMD, or --off")
+        return serving.watch(host, args.idle_stop, args.command)
+
+    def pull() -> int:
+        if args.votes:
+            return pulling.pull_votes(host, args.to)
+        return pulling.pull(host, args.job, args.to, args.checkpoints)
+
+    actions: dict[str, Callable[[], int]] = {
+        "up": lambda: machine.up(host, args.venv),
+        "push": push,
+        "run": run,
+        "ps": lambda: running.ps(host),
+        "logs": lambda: running.logs(host, args.job, args.follow),
+        "metrics": lambda: running.metrics(host, args.job),
+        "stop": lambda: running.stop(host, args.job, args.grace),
+        "resume": lambda: follow(running.resume(host, args.job, args.secret)),
+        "pull": pull,
+        "ui": lambda: serving.ui(host, args.port, args.prompts, args.reward),
+        "watch": watch,
+    }
+    return actions[args.remote_verb]()

@@ -49,15 +49,13 @@ def push(host: Host, shipment: Shipment | None) -> None:
 
 
 def send_inputs(host: Host, shipment: Shipment) -> None:
-    """Files below the working directory and files from elsewhere, each to its place in `inputs/` there."""
-    places = {"": [], "/": []}  # type: dict[str, list[str]]
-    for file, place in shipment.files.items():
-        inside = file != f"/{place}"
-        places["" if inside else "/"].append(place)
-    for root, names in places.items():
-        if names:
-            source = root or f"{os.getcwd()}/"
-            host.copy_to(source, f"work/{INPUTS}/", "--copy-links", names=names)
+    """Each file to its place."""
+    elsewhere = [file for file, place in shipment.files.items() if place == f"{INPUTS}{file}"]
+    below = [place for file, place in shipment.files.items() if file not in elsewhere]
+    if below:
+        host.copy_to(f"{os.getcwd()}/", "work/", "--copy-links", names=below)
+    if elsewhere:
+        host.copy_to("/", f"work/{INPUTS}/", "--copy-links", names=[file[1:] for file in elsewhere])
 
 
 def start(host: Host, shipment: Shipment, how: Start) -> str:

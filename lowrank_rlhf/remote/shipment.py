@@ -13,7 +13,7 @@ from lowrank_rlhf.loader import as_dict, as_yaml, load_recipe
 from lowrank_rlhf.pipeline_recipes import load_pipeline
 
 PIPELINE = "pipeline"
-INPUTS = "inputs"  # where files that are sent lie, seen from the working directory there
+INPUTS = "inputs"  # below the working directory there: what lies elsewhere here, or in a run
 DATA = re.compile(r"\.(json|jsonl|csv)(\.gz)?$|\.parquet$", re.IGNORECASE)
 MODULE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):\w+")
 SKIPPED = {"checkpoints", "__pycache__"}
@@ -26,7 +26,7 @@ class Shipment:
     Attributes:
         stage: of the recipe; `pipeline` for several.
         run_dir: where the recipe writes, None for a new folder.
-        files: on this machine, as absolute paths, with their place below `inputs/` there.
+        files: on this machine, as absolute paths, with their place below the working directory there.
         needs: (key, folder) of runs that are not here, so they must be there.
     """
 
@@ -159,13 +159,16 @@ def _add(shipment: Shipment, path: str) -> str:
     whole = Path(os.path.abspath(path))
     for file in [whole] if whole.is_file() else _below(whole):
         shipment.files[str(file)] = _place(file)
-    return f"{INPUTS}/{_place(whole)}"
+    return _place(whole)
 
 
 def _place(path: Path) -> str:
-    """Below the working directory its path from there, else its whole path."""
+    """A file below the working directory has the same place there; what lies elsewhere, or in a run, which could be
+    another run there, is put into `inputs/` with its whole path."""
     here = Path.cwd()
-    return str(path.relative_to(here)) if here in path.parents else str(path).lstrip("/")
+    if here not in path.parents or any((folder / "run.json").is_file() for folder in (path, *path.parents)):
+        return f"{INPUTS}{path}"
+    return str(path.relative_to(here))
 
 
 def _below(folder: Path) -> Iterator[Path]:

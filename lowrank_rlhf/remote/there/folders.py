@@ -2,7 +2,7 @@
 
 DIR/code/            what `push` sent of the package and its recipes
 DIR/venv/            the environment; setup.json says what was installed into it
-DIR/work/            the working directory of jobs: inputs/ that were sent, runs/ that are made
+DIR/work/            the working directory of jobs: what a recipe names of the one here, inputs/ from elsewhere, runs/
 DIR/jobs/NAME/       job.json, recipe.yaml, code/ as it was when the job started, log, exit
 """
 

@@ -92,9 +92,8 @@ def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready:
     about: dict[str, Any] = dict(read_json(job / "job.json"))
     command = about["resume_command"] if about.get("resumes") else about["command"]
     print(f"$ lowrank-rlhf {' '.join(command)}", flush=True)
-    paths = [str(job / "code"), str(folders.work / "inputs")]
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    env = {**kept, **about["env"], "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    env = {**kept, **about["env"], "PYTHONPATH": str(job / "code"), "PYTHONUNBUFFERED": "1"}
     training = subprocess.Popen(
         [str(folders.python), "-m", "lowrank_rlhf.remote.launch", *about["launcher"], *command],
         cwd=str(folders.work),

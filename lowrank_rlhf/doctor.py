@@ -93,6 +93,9 @@ def device() -> Iterator[Check]:
     if found.type == "cuda":
         properties = torch.cuda.get_device_properties(found)
         yield Check("ok", "device", f"cuda: {properties.name}, {properties.total_memory / GIB:.1f} GiB")
+    elif shutil.which("nvidia-smi"):
+        fix = "update the NVIDIA driver, or install the torch that is built for it (https://pytorch.org)"
+        yield Check("FAIL", "device", f"{found.type}, although nvidia-smi is here: torch sees no CUDA card", fix)
     else:
         yield Check("ok", "device", f"{found.type}, {os.cpu_count()} cores")
 

@@ -192,3 +192,10 @@ def test_the_self_test_notices_wrong_weights(monkeypatch):
     result = four_bit_self_test("cpu")
     assert not result.ok
     assert result.forward == pytest.approx(0.048, abs=0.002)
+
+
+def test_a_card_that_torch_does_not_see(capsys, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("torch sees a card here")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    fails(capsys, "device", "although nvidia-smi is here", "update the NVIDIA driver")

@@ -32,17 +32,18 @@ WRONG = (
 LOST = (
     r"Connection (refused|reset|closed|timed out)|Operation timed out|No route to host|Network is (unreachable|down)|"
     r"Broken pipe|closed by remote host|kex_exchange_identification|not responding|"
-    r"Temporary failure in name resolution|connection unexpectedly closed|lost connection|mux_client|Host is down"
+    r"connection unexpectedly closed|lost connection|mux_client|Host is down"
 )
 LOST_STATUS = (255, 12, 10, 30, 35, -13)  # of ssh; of rsync: the stream, a socket, a time limit; SIGPIPE
 
 
-def explain(host: str, status: int, said: str) -> Lost | UserError:
+def explain(host: str, status: int, said: str, reached: bool = False) -> Lost | UserError:
     """What to raise for a failed ssh or rsync.
 
     Args:
         status: its exit status.
         said: its standard error.
+        reached: the machine has answered before, so that a name that is not found now is a network that is down.
 
     >>> explain("gpu", 255, "ssh: Could not resolve hostname gpu: Name or service not known")
     UserError('gpu: no such host: is the name right, and in ~/.ssh/config?')
@@ -50,6 +51,8 @@ def explain(host: str, status: int, said: str) -> Lost | UserError:
     Lost('gpu: ssh: connect to host gpu port 22: Connection refused')
     """
     line = next((text.strip() for text in said.splitlines() if text.strip()), f"ended with status {status}")
+    if "Could not resolve hostname" in said and (reached or "Temporary failure in name resolution" in said):
+        return Lost(f"{host}: its name is not found, so the network here may be down")
     for pattern, words in WRONG:
         if found := re.search(pattern, said):
             address = host.rpartition("@")[2]

@@ -53,7 +53,7 @@ class Shipment:
         start = [self.stage, "--config", f"{folder}/recipe.yaml"]
         if self.stage == PIPELINE:
             return {"command": start, "resume_command": start}
-        again = [self.stage, "--config", f"{run_dir}/recipe.yaml", "--resume"]
+        again = [self.stage, f"--config={run_dir}/recipe.yaml", "--resume"]  # its name may begin with a dash
         return {"command": [*start, *(["--overwrite"] if overwrite else [])], "resume_command": again}
 
 
@@ -107,8 +107,12 @@ def as_json(path: Path) -> Any:
 
 
 def _check_run_dir(run_dir: str | None) -> None:
-    if run_dir is not None and (Path(run_dir).is_absolute() or ".." in Path(run_dir).parts or run_dir in ("", ".")):
+    if run_dir is not None and (_is_elsewhere(run_dir) or Path(run_dir) == Path()):
         raise UserError(f"run_dir: {run_dir} is to lie below the working directory, as runs/NAME does")
+
+
+def _is_elsewhere(path: str) -> bool:
+    return Path(path).is_absolute() or ".." in Path(path).parts
 
 
 def _places(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, str]]:
@@ -149,7 +153,8 @@ def _sent(shipment: Shipment, value: str, dotted: str, kind: str, made: str | No
         return value  # an earlier stage's
     if (Path(value) / "run.json").is_file():
         return _add(shipment, value)
-    _check_run_dir(value)
+    if _is_elsewhere(value):
+        raise UserError(f"{dotted}: {value} is neither a run here nor below the working directory there")
     shipment.needs.append((dotted, value))
     return value
 

@@ -91,14 +91,14 @@ def _make(folders: Folders) -> None:
 
 
 def _new_enough() -> str:
-    """The newest Python there from 3.11 on.
+    """The newest Python there from 3.11 on that starts: a name of pyenv's stands for one that may not be chosen.
 
     Raises:
         Refused: there is none.
     """
     for minor in range(NEWEST, OLDEST - 1, -1):
         found = shutil.which(f"python3.{minor}")
-        if found:
+        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
             return found
     if sys.version_info >= (3, OLDEST):
         return sys.executable

@@ -157,9 +157,9 @@ def test_votes_come_back_whole_while_they_are_being_written(ready, tmp_path):
     store.save_vote(vote(comparison, "a"))
     done = ready.run("pull", "--votes", cwd=tmp_path)
     assert f"{HOST}.votes.db" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{HOST}.votes.db"]
     (judged,) = Store(tmp_path / f"{HOST}.votes.db", create=False).judged()
     assert judged.votes[0].choice == "a"
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{HOST}.votes.db"]
 
 
 @needs_sshd

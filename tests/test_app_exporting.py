@@ -121,3 +121,10 @@ def test_links_are_not_followed(exports, tmp_path):
 def test_what_is_not_there(exports):
     with pytest.raises(UserError, match="no export nothing"):
         exports.zipped("nothing")
+
+
+def test_an_export_that_is_replaced_while_it_is_fetched(exports, monkeypatch):
+    exports.make("first", eval_fraction=0.5)
+    monkeypatch.setattr(exports, "card", lambda name: (exports.folder / name).rename(exports.folder / ".aside"))
+    with pytest.raises(UserError, match="first is being replaced at this moment; try again"):
+        exports.zipped("first")

@@ -79,12 +79,15 @@ class Exports:
         """The files of an export, in a folder of its name.
 
         Raises:
-            UserError: there is no such export.
+            UserError: there is no such export, or another one is taking its place.
         """
         self.card(name)
         buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(self.path(name).iterdir()):
-                if path.is_file() and not path.is_symlink():
-                    archive.write(path, f"{name}/{path.name}")
+        try:
+            with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+                for path in sorted(self.path(name).iterdir()):
+                    if path.is_file() and not path.is_symlink():
+                        archive.write(path, f"{name}/{path.name}")
+        except FileNotFoundError as error:
+            raise UserError(f"name: {name} is being replaced at this moment; try again") from error
         return buffer.getvalue()

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 from lowrank_rlhf.errors import UserError
 
@@ -56,11 +57,17 @@ def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
     watch.add_argument("--idle-stop", metavar="MIN", type=float, help="minutes without a job")
     watch.add_argument("--command", metavar="CMD", help="for the shell there, as 'sudo poweroff'")
     watch.add_argument("--off", action="store_true", help="end the watch instead")
-    summary = "a recipe as a task of a tool that rents the machine"
+    _add_export(verbs)
+
+
+def _add_export(verbs: Any) -> None:
+    summary = "a recipe as a task of SkyPilot, which rents the machine"
     export = verbs.add_parser("export", help=summary, description=summary)
     export.add_argument("--to", choices=("skypilot",), required=True)
     export.add_argument("--out", metavar="FILE", help="default: the terminal")
-    export.add_argument("--gpu", metavar="NAME", default="L4:1", help="as SkyPilot names it (%(default)s)")
+    export.add_argument(
+        "--gpu", metavar="NAME[:N]", default="L4:1", help="as SkyPilot names it; a process on each of N (%(default)s)"
+    )
     _add_recipe(export)
     _add_secret(export)
 

@@ -153,6 +153,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+# Unquoted, YAML reads the character next line (U+0085) as a line feed
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None),
+)
 
 
 def as_yaml(recipe: Any) -> str:

@@ -31,7 +31,7 @@ def pull(host: Host, job: str | None, to: str | None, checkpoints: bool) -> int:
         whose = {"host": host.name, "dir": host.folder, "job": job}
         _check_target(target, whose)
         staging = target.with_name(f".{target.name}.pull")
-        changed = fetch(host, there, staging)
+        changed = fetch(host, there, staging, target)
         if changed is None:
             _settle(staging, target, there["files"], whose)
             size = sum(entry[1] for entry in there["files"])
@@ -48,7 +48,7 @@ def pull_votes(host: Host, to: str | None) -> int:
     there = host.ask("votes")
     target = Path(to or f"{host.name.rpartition('@')[2]}.votes.db")
     staging = target.with_name(f".{target.name}.pull")
-    if changed := fetch(host, there, staging):
+    if changed := fetch(host, there, staging, target):
         raise UserError(f"{host.name}: {changed} did not arrive whole; try again")
     (staging / there["files"][0][0]).replace(target)
     shutil.rmtree(staging)
@@ -56,8 +56,11 @@ def pull_votes(host: Host, to: str | None) -> int:
     return 0
 
 
-def fetch(host: Host, there: dict[str, Any], staging: Path) -> str | None:
+def fetch(host: Host, there: dict[str, Any], staging: Path, target: Path) -> str | None:
     """Copy the files of a manifest into a folder beside their place; what an earlier try has brought is not sent again.
+
+    Args:
+        target: their place, where an earlier pull may stand.
 
     Returns:
         None, or the file whose hash is another by now.
@@ -66,9 +69,18 @@ def fetch(host: Host, there: dict[str, Any], staging: Path) -> str | None:
     for name, _, _ in there["files"]:
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise UserError(f"{host.name}: names a file outside of the run: {name!r}")
-    host.copy_from(there["from"], f"{staging}/", [name for name, _, _ in there["files"]])
+    names = [name for name, _, _ in there["files"]]
+    for leftover in [path for path in staging.rglob("*") if not path.is_dir()]:
+        if str(leftover.relative_to(staging)) not in names:  # half of a file, from a try that was killed
+            leftover.unlink()
+    # By content, as a file may change within one tick of the clock; what an earlier pull has brought is not sent again
+    options = ["--checksum", *([f"--copy-dest={os.path.abspath(target)}"] if target.is_dir() else [])]
+    # A relative path with a colon would be a host to rsync
+    host.copy_from(there["from"], f"{os.path.abspath(staging)}/", *options, names=names)
     for name, size, digest in there["files"]:
         file = staging / name
+        if not file.is_file():
+            return str(name)  # it is there no more
         if name.endswith(".jsonl") and file.stat().st_size > size:
             os.truncate(file, size)  # it has grown since
         with file.open("rb") as content:

@@ -1,10 +1,12 @@
 """Jobs from here: started, followed through lost connections, listed, stopped and resumed."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from secrets import token_hex
 from typing import Any
 
 from lowrank_rlhf.errors import UserError
@@ -13,10 +15,11 @@ from lowrank_rlhf.progress import clock
 from lowrank_rlhf.remote.failures import Lost
 from lowrank_rlhf.remote.machine import check_ready, push_code
 from lowrank_rlhf.remote.shipment import INPUTS, Shipment
-from lowrank_rlhf.remote.ssh import Host, waited
+from lowrank_rlhf.remote.ssh import WAITS, Host, waited
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # sent where they are set
 LONGEST_WAIT = 30
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|KEY)S?(_|$)", re.IGNORECASE)  # not TOKENIZERS_…
 ON_POLICY = ("ppo", "grpo")
 
 
@@ -50,12 +53,12 @@ def push(host: Host, shipment: Shipment | None) -> None:
 
 def send_inputs(host: Host, shipment: Shipment) -> None:
     """Each file to its place."""
-    elsewhere = [file for file, place in shipment.files.items() if place == f"{INPUTS}{file}"]
+    elsewhere = {file for file, place in shipment.files.items() if place == f"{INPUTS}{file}"}
     below = [place for file, place in shipment.files.items() if file not in elsewhere]
     if below:
         host.copy_to(f"{os.getcwd()}/", "work/", "--copy-links", names=below)
     if elsewhere:
-        host.copy_to("/", f"work/{INPUTS}/", "--copy-links", names=[file[1:] for file in elsewhere])
+        host.copy_to("/", f"work/{INPUTS}/", "--copy-links", names=[file[1:] for file in sorted(elsewhere)])
 
 
 def start(host: Host, shipment: Shipment, how: Start) -> str:
@@ -103,7 +106,7 @@ def _assignments(words: Sequence[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or not name.isidentifier():
             raise UserError(f"--env: {word!r} is to be NAME=VALUE")
-        if any(part in name.upper() for part in ("TOKEN", "SECRET", "PASSWORD", "API_KEY")):
+        if SECRET.search(name):
             raise UserError(f"--env: {name} looks like a secret and would be written down: give --secret {name}")
         env[name] = value
     return env
@@ -111,16 +114,18 @@ def _assignments(words: Sequence[str]) -> dict[str, str]:
 
 def listen_on(host: Host, do: str, job: str | None, offset: int = 0) -> Iterator[dict[str, Any]]:
     """The lines of `log` or `metrics` until the job has ended, through any number of lost connections."""
-    failures = 0
+    failures, heard = 0, False
     while True:
         try:
             for event in host.listen(do, name=job, offset=offset, until_end=True):
-                failures, job, offset = 0, event.get("job", job), event.get("offset", offset)
+                failures, heard, job, offset = 0, True, event.get("job", job), event.get("offset", offset)
                 yield event
                 if "end" in event:
                     return
             raise Lost(f"{host.name}: the answer broke off")
         except Lost as error:
+            if not heard and failures == len(WAITS):
+                raise UserError(f"{error}; what runs there goes on") from error
             waited(Lost(f"{error}; {job or 'the job'} goes on"), min(2**failures, LONGEST_WAIT))
             failures += 1
 
@@ -156,6 +161,8 @@ def _ended(host: Host, job: dict[str, Any], quiet: bool = False) -> int:
     hints = {
         "finished": f"fetch it with: lowrank-rlhf remote pull {host.name} {job['job']}",
         "stopped": f"go on with: lowrank-rlhf remote resume {host.name} {job['job']}",
+        "killed": "it did not stop in time, and goes on from an earlier checkpoint, or its start, with: "
+        f"lowrank-rlhf remote resume {host.name} {job['job']}",
         "failed": f"exit status {job['exit']}; after mending, go on with: "
         f"lowrank-rlhf remote resume {host.name} {job['job']}",
         "lost": "the machine was restarted, or its memory ran out; go on with: "
@@ -235,6 +242,6 @@ def resume(host: Host, job: str | None, secrets: Sequence[str]) -> str:
     Raises:
         UserError: it is running, or finished.
     """
-    said = host.ask("resume", name=job, secrets=gather(secrets))
+    said = host.ask("resume", name=job, secrets=gather(secrets), token=token_hex(8))
     print(f"{said['job']} goes on on {host.name}", flush=True)
     return str(said["job"])

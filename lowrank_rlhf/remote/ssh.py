@@ -61,6 +61,7 @@ class Host:
         if not folder or folder.startswith("-") or not all(c.isascii() and (c.isalnum() or c in safe) for c in folder):
             raise UserError(f"--dir: {folder!r} may hold letters, digits and {safe} only")
         self.name, self.folder = name, folder
+        self.reached = False
 
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
         """The answer to a request that may be repeated; a connection that cannot be made is tried again for half a
@@ -102,6 +103,7 @@ class Host:
             except BrokenPipeError:
                 pass  # ssh says why
             whole = _skip_greeting(running.stdout)
+            self.reached |= whole
             for line in running.stdout if whole else ():
                 if not line.endswith(b"\n"):
                     break
@@ -113,7 +115,7 @@ class Host:
             running.stdin.close()
             status = running.wait()
             if status != 0 or not whole:
-                raise explain(self.name, status, _tail(errors))
+                raise explain(self.name, status, _tail(errors), self.reached)
 
     def copy_to(self, source: str, target: str, *options: str, names: Sequence[str] | None = None) -> None:
         """rsync files to a folder below the machine's own, only what has changed.
@@ -126,22 +128,23 @@ class Host:
         """
         self._rsync([*options, source, f"{self.name}:{self.folder}/{target}"], names)
 
-    def copy_from(self, source: str, target: str, names: Sequence[str]) -> None:
-        """The other way; `source` is a whole path there. Arguments and errors as of `copy_to`."""
-        self._rsync([f"{self.name}:{source}/", target], names)
+    def copy_from(self, source: str, target: str, *options: str, names: Sequence[str]) -> None:
+        """The other way, but for files that are there no more. Arguments and errors as of `copy_to`."""
+        self._rsync([*options, f"{self.name}:{self.folder}/{source}/", target], names, may_vanish=True)
 
-    def _rsync(self, words: list[str], names: Sequence[str] | None) -> None:
+    def _rsync(self, words: list[str], names: Sequence[str] | None, may_vanish: bool = False) -> None:
         listed = ["--files-from=-", "--from0"] if names is not None else []
         command = ["rsync", "-rlpt", "-e", f"ssh {' '.join(OPTIONS)}", *listed, *words]
-        given = b"\0".join(name.encode("utf-8", "surrogateescape") for name in names or ())
+        # Without the ./ rsync takes a name that begins with # or ; for a comment
+        given = b"\0".join(f"./{name}".encode("utf-8", "surrogateescape") for name in names or ())
         for seconds in (*WAITS, None):
             try:
                 done = subprocess.run(command, input=given, capture_output=True, check=False)
             except FileNotFoundError:
                 raise UserError("rsync: not found here; install it (sudo apt install rsync)") from None
-            if done.returncode == 0:
+            if done.returncode == 0 or (may_vanish and _vanished(done.returncode, done.stderr)):
                 return
-            failure = explain(self.name, done.returncode, done.stderr.decode("utf-8", "replace"))
+            failure = explain(self.name, done.returncode, done.stderr.decode("utf-8", "replace"), self.reached)
             if not isinstance(failure, Lost):
                 raise failure
             if seconds is None:
@@ -183,6 +186,13 @@ def _skip_greeting(stream: IO[bytes]) -> bool:
             return False
         read = (read + byte)[-len(MARK) :]
     return True
+
+
+def _vanished(status: int, said: bytes) -> bool:
+    """Whether rsync has copied all but files that were removed meanwhile."""
+    told = [line for line in said.splitlines() if line and not line.startswith(b"rsync error:")]
+    gone = all(b"No such file or directory" in line or b"vanished" in line for line in told)
+    return status in (23, 24) and gone
 
 
 def _tail(errors: IO[bytes]) -> str:

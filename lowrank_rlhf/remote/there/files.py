@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sqlite3
@@ -30,10 +31,15 @@ def manifest(folders: Folders, name: str | None, checkpoints: bool) -> Any:
         for entry in sorted(here):
             path = Path(folder, entry)
             if not entry.startswith(".") and not path.is_symlink():
-                files.append([str(path.relative_to(root)), *_hashed(path)])
+                with contextlib.suppress(FileNotFoundError):  # it was there a moment ago
+                    files.append([str(path.relative_to(root)), *_hashed(path)])
     if not files:
         raise Refused(f"{job.name} has written nothing yet; see its log")
-    return {"files": files, "from": str(root), "run_dir": job.about["run_dir"], "job": job.describe()}
+    link = job.dir / "run"
+    if not link.is_symlink():
+        link.symlink_to(root)
+    place = f"jobs/{job.name}/run"  # a name that any shell leaves alone, whatever the run directory's is
+    return {"files": files, "from": place, "run_dir": job.about["run_dir"], "job": job.describe()}
 
 
 def votes(folders: Folders) -> Any:
@@ -56,7 +62,7 @@ def votes(folders: Folders) -> Any:
     finally:
         source.close()
         target.close()
-    return {"files": [[VOTES, *_hashed(copy)]], "from": str(folder)}
+    return {"files": [[VOTES, *_hashed(copy)]], "from": "work/.votes"}
 
 
 def _hashed(path: Path) -> tuple[int, str]:

@@ -8,11 +8,13 @@ DIR/jobs/NAME/       job.json, recipe.yaml, code/ as it was when the job started
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class Refused(Exception):
@@ -59,6 +61,32 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def take(path: Path) -> IO[str] | None:
+    """The lock, for as long as the file is open in any process; None where another one holds it."""
+    file = path.open("w")
+    for _ in range(20):  # who only looks whether it is held holds it for a moment
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return file
+    file.close()
+    return None
 
 
 def tell(**event: Any) -> None:

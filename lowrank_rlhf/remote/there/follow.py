@@ -20,7 +20,13 @@ def log(folders: Folders, name: str | None, offset: int, until_end: bool) -> Non
     """{"job": its name}, {"text", "offset"} of the log from byte `offset` on, and at the end {"end": the job}."""
     job, decoder = find(folders, name), codecs.getincrementaldecoder("utf-8")("replace")
     tell(job=job.name)
-    _follow(job, job.dir / "log", offset, until_end, lambda data, at: tell(text=decoder.decode(data), offset=at))
+
+    def text(data: bytes, at: int) -> None:
+        said = decoder.decode(data)
+        half, _ = decoder.getstate()  # of a character whose rest is still to come
+        tell(text=said, offset=at - len(half))
+
+    _follow(job, job.dir / "log", offset, until_end, text)
 
 
 def metrics(folders: Folders, name: str | None, offset: int, until_end: bool) -> None:

@@ -7,39 +7,35 @@ ended.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
-import shlex
 import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-from lowrank_rlhf.remote.there.folders import Folders, Refused, read_json, write_json, write_text
-from lowrank_rlhf.remote.there.runner import detach
+from lowrank_rlhf.remote.there.folders import Folders, Refused, is_locked, read_json, take, write_json, write_text
+from lowrank_rlhf.remote.there.runner import detach, end_orphan
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Job:
-    """A job's folder.
-
-    Raises:
-        Refused: there is no such job.
-    """
+    """A job's folder."""
 
     def __init__(self, folders: Folders, name: str):
         self.folders, self.name = folders, name
         self.dir = folders.jobs / name
-        if not NAME.fullmatch(name) or not self.dir.is_dir():
-            known = ", ".join(names(folders)) or "none"
-            raise Refused(f"there is no job {name!r} there; jobs: {known}")
 
     @property
     def about(self) -> dict[str, Any]:
         return dict(read_json(self.dir / "job.json") or {})
+
+    @property
+    def begun_at(self) -> float | None:
+        """When the training was started last; None where it has not been."""
+        return self.about.get("started") if (self.dir / "log").exists() else None
 
     @property
     def run_dir(self) -> Path:
@@ -65,21 +61,37 @@ class Job:
 
     @property
     def state(self) -> str:
-        """reserved, running, stopping, finished, stopped, failed or lost."""
+        """reserved, running, stopping, finished, stopped, killed (by a stop), failed or lost."""
+        locked = self.locked  # before `exit`, which is written while it is locked
         code, stop = self.exit, (self.dir / "stop").exists()
         if code is None:
-            if self.locked:
+            if locked:
                 return "stopping" if stop else "running"
+            if stop:
+                return "stopped"
             return "lost" if (self.dir / "log").exists() else "reserved"
         if code == 0:
             return "stopped" if stop and not self.finished else "finished"
-        return "stopped" if stop else "failed"
+        if stop:
+            return "killed" if code == -signal.SIGKILL else "stopped"
+        return "failed"
 
     @property
     def finished(self) -> bool:
-        """Whether the run says that nothing is left to do; of a pipeline, whether its report is there."""
-        info = read_json(self.run_dir / "run.json") or {}
-        return "final" in info or (self.run_dir / "report.md").exists()
+        """Whether the run says that nothing is left to do; of a pipeline, whether it has made its report."""
+        return self.has_made("report.md") or (self.begun and "final" in read_json(self.run_dir / "run.json"))
+
+    @property
+    def begun(self) -> bool:
+        """Whether the run there is this job's, and no earlier one's that it was to overwrite."""
+        return self.has_made("recipe.yaml") and (self.run_dir / "run.json").exists()
+
+    def has_made(self, file: str) -> bool:
+        """Whether a file of its run directory is younger than the job."""
+        try:
+            return (self.run_dir / file).stat().st_mtime_ns >= (self.dir / "made").stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
 
     def describe(self) -> dict[str, Any]:
         """What `ps` shows."""
@@ -101,7 +113,7 @@ class Job:
 
 def names(folders: Folders) -> list[str]:
     """All jobs, the one that was reserved last at the end."""
-    found = [path for path in folders.jobs.glob("*") if path.is_dir() and NAME.fullmatch(path.name)]
+    found = [path for path in folders.jobs.glob("*") if (path / "made").is_file() and NAME.fullmatch(path.name)]
     return [path.name for path in sorted(found, key=lambda path: (path / "made").stat().st_mtime_ns)]
 
 
@@ -111,12 +123,12 @@ def find(folders: Folders, name: str | None) -> Job:
     Raises:
         Refused: there is none.
     """
-    if name is not None:
-        return Job(folders, name)
     started = [job for job in names(folders) if (folders.jobs / job / "job.json").exists()]
+    if name is not None and name not in started:
+        raise Refused(f"there is no job {name!r} there; jobs: {', '.join(started) or 'none'}")
     if not started:
         raise Refused("there is no job there yet; start one with: lowrank-rlhf remote run HOST RECIPE")
-    return Job(folders, started[-1])
+    return Job(folders, name or started[-1])
 
 
 def reserve(folders: Folders, stage: str, run_dir: str | None) -> dict[str, Any]:
@@ -148,14 +160,13 @@ def start(folders: Folders, name: str, about: dict[str, Any], files: dict[str, s
         Refused: its inputs are not there, or its run directory is taken.
     """
     job = Job(folders, name)
-    if (job.dir / "job.json").exists():
-        return job.describe()
+    lock = take(job.dir / "lock")
+    if lock is None or job.begun_at is not None:
+        return _started(job)
     for key, path in about["needs"]:
         if not (folders.work / path).exists():
             raise Refused(f"{key}: {path} is neither here nor there")
-    for other in [Job(folders, taken) for taken in names(folders)]:
-        if other.about.get("run_dir") == about["run_dir"] and other.state in ("running", "stopping"):
-            raise Refused(f"run_dir: {other.name} is writing into {about['run_dir']} there; stop it, or choose another")
+    _check_free(folders, job, about["run_dir"])
     run_dir = folders.work / about["run_dir"]
     if run_dir.exists() and any(run_dir.iterdir()) and not about["overwrite"]:
         raise Refused(f"run_dir: {about['run_dir']} is not empty there; choose another, resume its job, or --overwrite")
@@ -164,41 +175,75 @@ def start(folders: Folders, name: str, about: dict[str, Any], files: dict[str, s
     link_tree(folders.code, job.dir / "code")
     write_json(job.dir / "job.json", {**about, "started": time.time(), "attempts": 1})
     try:
-        detach(folders, job.dir, secrets)
+        detach(folders, job.dir, secrets, lock)
     except BaseException:
         (job.dir / "job.json").unlink()
         raise
     return job.describe()
 
 
-def resume(folders: Folders, name: str | None, secrets: dict[str, str]) -> Any:
+def _started(job: Job) -> Any:
+    """A job that was started by a request whose answer did not arrive; that request may still be at it."""
+    deadline = time.monotonic() + 30
+    while job.begun_at is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if job.begun_at is None:
+        raise Refused(f"{job.name} has not begun; ask again")
+    return job.describe()
+
+
+def _check_free(folders: Folders, job: Job, run_dir: str) -> None:
+    """
+    Raises:
+        Refused: another job is writing into the same run directory.
+    """
+    for other in [Job(folders, taken) for taken in names(folders) if taken != job.name]:
+        if other.about.get("run_dir") == run_dir and other.state in ("running", "stopping"):
+            raise Refused(f"run_dir: {other.name} is writing into {run_dir} there; stop it, or choose another")
+
+
+def resume(folders: Folders, name: str | None, secrets: dict[str, str], token: str) -> Any:
     """Go on with a job that ended early, from its run's newest checkpoint.
 
+    Args:
+        token: of this request; asked again with the same one, tell of the job that goes on.
+
     Raises:
-        Refused: it is running, or nothing is left to do.
+        Refused: it is running, nothing is left to do, or its run directory is another job's by now.
     """
     job = find(folders, name)
-    state = job.state
+    about, state = job.about, job.state
+    if about.get("token") == token:
+        return job.describe()
     if state in ("running", "stopping", "finished"):
         raise Refused(f"{job.name} is {state}; there is nothing to resume")
-    about = job.about
+    _check_free(folders, job, about["run_dir"])
+    later = names(folders)[names(folders).index(job.name) + 1 :]
+    taken = [other for other in later if Job(folders, other).about.get("run_dir") == about["run_dir"]]
+    if taken:
+        raise Refused(f"{job.name}: {about['run_dir']} is that of {taken[-1]} by now")
+    lock = take(job.dir / "lock")
+    if lock is None:
+        raise Refused(f"{job.name} is running; there is nothing to resume")
+    about.update(attempts=about["attempts"] + 1, resumes=job.begun, started=time.time(), token=token)
+    write_json(job.dir / "job.json", about)
     for left in ("stop", "exit"):
         if (job.dir / left).exists():
             (job.dir / left).unlink()
-    goes_on = (job.run_dir / "run.json").exists()
-    about.update(attempts=about["attempts"] + 1, resumes=goes_on, started=time.time())
-    write_json(job.dir / "job.json", about)
-    detach(folders, job.dir, secrets)
+    detach(folders, job.dir, secrets, lock)
     return job.describe()
 
 
 def stop(folders: Folders, name: str | None, grace: float) -> Any:
-    """Ask a job's runner to stop it: SIGTERM, and SIGKILL after `grace` seconds. It does so whoever is connected."""
+    """Ask a job's runner to stop it: SIGTERM, and SIGKILL after `grace` seconds. It does so whoever is connected.
+
+    Asked again, the seconds begin anew.
+    """
     job = find(folders, name)
-    if job.state == "running":
+    if job.state in ("running", "stopping"):
         write_text(job.dir / "stop", str(time.time() + grace))
         if not is_locked(job.dir / "runner"):  # it was killed, and its training lives on
-            os.kill(int((job.dir / "pid").read_text()), signal.SIGTERM)
+            end_orphan(job.dir)
     return job.describe()
 
 
@@ -214,24 +259,7 @@ def link_tree(source: Path, target: Path) -> None:
     """The same files under another name: what is pushed later replaces files, so these stay as they are."""
     if target.exists():
         shutil.rmtree(target)
-    shutil.copytree(source, target, copy_function=os.link)
-
-
-def is_locked(path: Path) -> bool:
-    """Whether some process holds the lock."""
-    try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
-def spoken(command: list[str]) -> str:
-    """A command as it would be typed."""
-    return " ".join(shlex.quote(word) for word in command)
+    shutil.copytree(source, target, copy_function=os.link, ignore=shutil.ignore_patterns(".*"))  # rsync's half files
 
 
 def _last_step(metrics: Path) -> float | None:

@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from lowrank_rlhf.remote.there.folders import Folders, Refused, read_json, write_text
+from lowrank_rlhf.remote.there.folders import Folders, Refused, is_locked, read_json, take, write_text
 
 SECONDS = 0.2  # between two looks at what is asked
+TOO_LATE = "SIGKILL: it did not stop in time"
 
 
-def detach(folders: Folders, job: Path, secrets: dict[str, str]) -> None:
+def detach(folders: Folders, job: Path, secrets: dict[str, str], lock: IO[str]) -> None:
     """Run the job's command in a process of its own that no hang-up reaches.
 
+    Args:
+        lock: the job's, which is free once the runner and the training have ended.
+
     Raises:
-        Refused: the job is running already, or could not be started.
+        Refused: the job could not be started.
     """
-    lock, own = (job / "lock").open("w"), (job / "runner").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Refused("it is running already") from None
+    own = take(job / "runner")
+    if own is None:
+        raise Refused("it is running already")
     daemon(job / "log", lambda ready: _run(folders, job, secrets, lock.fileno(), ready))
-    lock.close()
+    own.close()
+
+
+def end_orphan(job: Path) -> None:
+    """Stop a training whose runner was killed, as the runner would have done it."""
+    own = take(job / "runner")
+    if own is None:
+        return
+    group = int((job / "pid").read_text())
+
+    def work(ready: Callable[[], None]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(group, signal.SIGTERM)
+        ready()
+        while is_locked(job / "lock"):
+            if time.time() > (_deadline(job / "stop") or 0):
+                print(TOO_LATE, flush=True)
+                _kill(group, signal.SIGKILL)
+                write_text(job / "exit", f"{-signal.SIGKILL}\n")
+                return
+            time.sleep(SECONDS)
+
+    daemon(job / "log", work)
     own.close()
 
 
@@ -65,7 +88,8 @@ def daemon(log: Path, work: Callable[[Callable[[], None]], None]) -> None:
         def ready() -> None:
             nonlocal told
             told = True
-            os.write(write, b"ready")
+            with contextlib.suppress(BrokenPipeError):  # who asked may be gone by now
+                os.write(write, b"ready")
             os.close(write)
 
         work(ready)
@@ -91,7 +115,7 @@ def _redirect(log: Path) -> None:
 def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready: Callable[[], None]) -> None:
     about: dict[str, Any] = dict(read_json(job / "job.json"))
     command = about["resume_command"] if about.get("resumes") else about["command"]
-    print(f"$ lowrank-rlhf {' '.join(command)}", flush=True)
+    print(f"$ lowrank-rlhf {shlex.join(command)}", flush=True)
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env = {**kept, **about["env"], "PYTHONPATH": str(job / "code"), "PYTHONUNBUFFERED": "1"}
     training = subprocess.Popen(
@@ -109,7 +133,11 @@ def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready:
     except BrokenPipeError:
         pass  # it has ended, and says why in the log
     secrets.clear()
-    write_text(job / "pid", str(training.pid))
+    try:
+        write_text(job / "pid", str(training.pid))
+    except OSError:
+        _kill(training.pid, signal.SIGKILL)  # nobody would know of it
+        raise
     ready()
     status = _wait(training, job / "stop")
     _kill(training.pid, signal.SIGKILL)  # what it may have left behind
@@ -131,7 +159,7 @@ def _wait(training: subprocess.Popen[bytes], stop: Path) -> int:
             asked = True
             training.terminate()
         elif time.time() > deadline:
-            print("SIGKILL: it did not stop in time", flush=True)
+            print(TOO_LATE, flush=True)
             _kill(training.pid, signal.SIGKILL)
             return training.wait()
 

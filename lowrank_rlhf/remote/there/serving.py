@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lowrank_rlhf.remote.there.folders import Folders, Refused, read_json, tell, write_json
-from lowrank_rlhf.remote.there.jobs import Job, is_locked, names
+from lowrank_rlhf.remote.there.folders import Folders, Refused, is_locked, read_json, tell, write_json
+from lowrank_rlhf.remote.there.jobs import Job, names
 from lowrank_rlhf.remote.there.runner import daemon
 
 POLL_SECONDS = 5.0

@@ -41,11 +41,11 @@ sys.exit(status)
 # bin/python of an environment whose `lowrank_rlhf.cli` does something else; what starts it is the real one
 PRETENDED = """#!{python}
 import json, os, runpy, signal, sys, time, types
-assert sys.argv[1:3] == ["-m", "lowrank_rlhf.remote.launch"], sys.argv
+assert sys.argv[1:3] == ["-m", "lowrank_rlhf.launch"], sys.argv
 sys.argv = sys.argv[2:]
 cli = sys.modules["lowrank_rlhf.cli"] = types.ModuleType("lowrank_rlhf.cli")
 exec(compile({training!r}, "training", "exec"), vars(cli).update(globals()) or vars(cli))
-runpy.run_module("lowrank_rlhf.remote.launch", run_name="__main__", alter_sys=True)
+runpy.run_module("lowrank_rlhf.launch", run_name="__main__", alter_sys=True)
 """
 # Until `enough` is there; hears no SIGTERM where `deaf` is
 LIVES = """
@@ -210,12 +210,12 @@ class Loopback:
         self.kill()
 
 
-def laptop(folder: Path, more: str = "") -> Path:
+def laptop(folder: Path) -> Path:
     """A working directory with a data file, and sft.yaml that names it."""
     folder.mkdir(exist_ok=True)
     rows = [{"prompt": f"Say {n}", "completion": f"{n}, as you say"} for n in range(40)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "sft.yaml").write_text(f"data:\n  train: data.jsonl\n{more}")
+    (folder / "sft.yaml").write_text("data:\n  train: data.jsonl\n")
     return folder
 
 

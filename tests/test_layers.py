@@ -13,6 +13,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # From the top down; what stands on one line may import each other.
 LAYERS = [
+    {"launch"},
     {"cli"},
     {"doctor", "arena", "remote", "export", "pipeline", "config_pipeline", "pipeline_report"},
     {"stages"},
@@ -30,7 +31,7 @@ LAYERS = [
     {"logps", "losses", "advantages", "kl", "shaping"},
     {"panel"},
     {"stability"},
-    {"loader", "phases", "progress", "stability_rules", "http_json"},
+    {"loader", "phases", "progress", "stability_rules", "http_json", "pipeline_recipes"},
     {"memory"},
     {"config", "config_grpo", "config_pipeline", "config_preference"},
     {"errors", ""},  # "" is the package itself: its version

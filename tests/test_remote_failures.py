@@ -5,7 +5,6 @@ import io
 import os
 import shutil
 import sys
-import time
 
 import pytest
 from loopback import HOST, Loopback, free_port, needs_sshd
@@ -69,9 +68,8 @@ def test_nobody_listens_there_is_tried_again_and_then_told(machine, host, capsys
 
 @needs_sshd
 def test_a_machine_that_comes_back_is_reached_by_the_next_try(machine, host, monkeypatch):
-    monkeypatch.setattr(ssh, "WAITS", (0.2,) * 100)
     machine.kill()
-    monkeypatch.setattr(ssh.time, "sleep", lambda seconds, wait=time.sleep: (machine.start(), wait(0))[1])
+    monkeypatch.setattr(ssh, "waited", lambda error, seconds: machine.start())
     assert host.ask("look")["rsync"]
 
 

@@ -132,7 +132,7 @@ def test_a_real_run_whose_names_and_values_are_of_the_worst(machine, tmp_path):
     run_dir = "runs/r '\" $(touch canary) 🙂"
     template = "Q: {prompt}\n$(touch canary) `touch canary` 'x' \"y\" \\ 🙂\t: "
     given = {"data.train": data, "run_dir": run_dir, "data.prompt_template": template, "lora.r": 2}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in given.items()]
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
     said = machine.run("run", "sft.yaml", "--tiny", "--follow", *overrides, cwd=here)
     assert "finished" in said.stdout
     ours = as_dict(load_recipe(SFTRecipe, here / "sft.yaml", overrides, tiny=True))

@@ -174,9 +174,16 @@ def test_two_cards_have_a_process_each(here, tmp_path):
     _, task = export("--gpu", "A100-80GB:2")
     assert task["resources"] == {"accelerators": "A100-80GB:2"}
     said = run(task, tmp_path / "home")
-    words = ["-m", "lowrank_rlhf.remote.launch", "--processes", "2", "sft", "--config", "tasks/sft-mine/recipe.yaml"]
+    words = ["-m", "lowrank_rlhf.launch", "--processes", "2", "sft", "--config", "tasks/sft-mine/recipe.yaml"]
     assert said["argv"][1:] == words
     assert said["stdin"] == ""  # no secrets come that way here
+
+
+def test_rollouts_and_pipelines_have_one_card(here, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for stage in ("ppo", "grpo", "pipeline"):
+        assert cli.main(["remote", "export", "--to", "skypilot", f"recipes/{stage}.yaml", "--gpu", "L4:2"]) == 2
+        assert f"{stage} runs on one card: give L4:1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("gpu", ["", "L4:", "L4:0", "L4:0.5", ":2", "L4: 2", "L4\nrun: x"], ids=ascii)

@@ -65,11 +65,11 @@ def check_ready(host: Host) -> None:
     """
     setup = host.ask("look")["setup"]
     if setup is None:
-        raise UserError(f"{host.name}: nothing is installed there yet; run: lowrank-rlhf remote up {host.name}")
+        raise UserError(f"{host.name}: nothing is installed there yet; run: {host.command('up')}")
     if setup["fingerprint"] != fingerprint():
         raise UserError(
             f"{host.name}: it was set up for other versions of the packages than constraints.txt has here; "
-            f"run again: lowrank-rlhf remote up {host.name}"
+            f"run again: {host.command('up')}"
         )
 
 

@@ -40,12 +40,19 @@ class Start:
     overwrite: bool = False
 
 
-def push(host: Host, shipment: Shipment | None) -> None:
+def push(host: Host, shipment: Shipment | None) -> int:
     """Send the code and what a recipe names, only what has changed.
 
     Raises:
         UserError: it cannot be sent.
     """
+    host.ask("look")  # makes the folders
+    send(host, shipment)
+    print(f"{host.name}: up to date")
+    return 0
+
+
+def send(host: Host, shipment: Shipment | None) -> None:
     push_code(host)
     if shipment is not None:
         send_inputs(host, shipment)
@@ -69,7 +76,7 @@ def start(host: Host, shipment: Shipment, how: Start) -> str:
     """
     secrets, env = gather(how.secrets), _assignments(how.env)
     check_ready(host)
-    push(host, shipment)
+    send(host, shipment)
     place = host.ask("reserve", stage=shipment.stage, run_dir=shipment.run_dir)
     folder, run_dir = place["dir"], place["run_dir"]
     about = {
@@ -158,15 +165,13 @@ def _once(host: Host, do: str, job: str | None) -> Iterator[dict[str, Any]]:
 
 def _ended(host: Host, job: dict[str, Any], quiet: bool = False) -> int:
     """Say how a job stands, and what to do next; 1 where it has failed."""
+    again = host.command("resume", job["job"])
     hints = {
-        "finished": f"fetch it with: lowrank-rlhf remote pull {host.name} {job['job']}",
-        "stopped": f"go on with: lowrank-rlhf remote resume {host.name} {job['job']}",
-        "killed": "it did not stop in time, and goes on from an earlier checkpoint, or its start, with: "
-        f"lowrank-rlhf remote resume {host.name} {job['job']}",
-        "failed": f"exit status {job['exit']}; after mending, go on with: "
-        f"lowrank-rlhf remote resume {host.name} {job['job']}",
-        "lost": "the machine was restarted, or its memory ran out; go on with: "
-        f"lowrank-rlhf remote resume {host.name} {job['job']}",
+        "finished": f"fetch it with: {host.command('pull', job['job'])}",
+        "stopped": f"go on with: {again}",
+        "killed": f"it did not stop in time, and goes on from an earlier checkpoint, or its start, with: {again}",
+        "failed": f"exit status {job['exit']}; after mending, go on with: {again}",
+        "lost": f"the machine was restarted, or its memory ran out; go on with: {again}",
     }
     if not quiet and job["state"] in hints:
         print(f"{job['job']} {job['state']}; {hints[job['state']]}", flush=True)
@@ -212,7 +217,7 @@ def ps(host: Host) -> int:
     """Print a line for each job."""
     said = host.ask("ps")
     if not said["jobs"]:
-        print(f"no job on {host.name} yet; start one with: lowrank-rlhf remote run {host.name} RECIPE")
+        print(f"no job on {host.name} yet; start one with: {host.command('run', 'RECIPE')}")
     else:
         print(f"{'job':<14}{'state':<11}{'step':>7}  {'started':<14}{'took':>9}  run_dir")
     for job in said["jobs"]:

@@ -49,24 +49,25 @@ def ui(host: Host, port: int, prompts: str | None, reward: str | None) -> int:
                     return 1
         except Lost as error:
             raise UserError(f"{error}; ask again, every vote is in the store there") from error
-    print(f"\nthe app on {host.name} is stopped; fetch its votes with: lowrank-rlhf remote pull {host.name} --votes")
+    print(f"\nthe app on {host.name} is stopped; fetch its votes with: {host.command('pull', '--votes')}")
     return 0
 
 
-def watch(host: Host, minutes: float, command: str) -> int:
-    """Have a command run there after so many minutes without a job.
+def watch(host: Host, minutes: float | None, command: str | None, off: bool) -> int:
+    """Have a command run there after so many minutes without a job, or none any more.
 
     Raises:
-        UserError: the minutes are no time.
+        UserError: the minutes are no time, or nothing is said.
     """
+    if off:
+        host.ask("unwatch")
+        print(f"{host.name}: nothing is watched")
+        return 0
+    if minutes is None or not command:
+        raise UserError("watch: give --idle-stop MIN and --command CMD, or --off")
     if not 0 < minutes < 100_000:
         raise UserError(f"--idle-stop: {minutes:g} is to be a number of minutes above 0")
     host.ask("watch", minutes=minutes, command=command)
-    print(f"{host.name}: after {minutes:g} minutes without a job: {command}\nend the watch with --off")
-    return 0
-
-
-def unwatch(host: Host) -> int:
-    host.ask("unwatch")
-    print(f"{host.name}: nothing is watched")
+    print(f"{host.name}: after {minutes:g} minutes without a job: {command}")
+    print(f"end the watch with: {host.command('watch', '--off')}")
     return 0

@@ -13,7 +13,7 @@ import yaml
 
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.remote.machine import project
-from lowrank_rlhf.remote.running import SECRETS
+from lowrank_rlhf.remote.running import ON_POLICY, SECRETS
 from lowrank_rlhf.remote.shipment import PIPELINE, Shipment
 
 GPU = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)(?::([1-9]\d*))?")
@@ -64,8 +64,8 @@ def task(shipment: Shipment, recipe: Path, gpu: str, secrets: Sequence[str], fil
     if not found:
         raise UserError(f"--gpu: {gpu} is to be NAME or NAME:COUNT as SkyPilot lists them, as in A100:2")
     count = int(found[2] or 1)
-    if count > 1 and shipment.stage == PIPELINE:
-        raise UserError(f"--gpu: {gpu}: a pipeline runs on one card; export its stages one by one")
+    if count > 1 and shipment.stage in (PIPELINE, *ON_POLICY):
+        raise UserError(f"--gpu: {gpu}: {shipment.stage} runs on one card: give {found[1]}:1")
     # A letter first, as clusters are named; ppo_from_sft.yaml → ppo-from-sft
     name = "-".join(re.findall(r"[a-z0-9]+", recipe.stem.lower()))
     name = name if name[:1].isalpha() else f"{shipment.stage}-{name}".rstrip("-")
@@ -132,7 +132,7 @@ def _run(shipment: Shipment, name: str, run_dir: str, count: int, links: Sequenc
         info = shlex.quote(f"./{run_dir}/run.json")
         lines += ["set --", f"[ ! -f {info} ] || set -- --resume  # launched again, as after a preemption"]
         command += ' "$@"'
-    launcher = f"python -m lowrank_rlhf.remote.launch --processes {count}"
+    launcher = f"python -m lowrank_rlhf.launch --processes {count}"
     lines.append(f"lowrank-rlhf {command}" if count == 1 else f"{launcher} {command} < /dev/null")
     return "\n".join(lines) + "\n"
 

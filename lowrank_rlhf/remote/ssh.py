@@ -5,6 +5,7 @@ go through standard input, where no shell reads them and no list of processes sh
 """
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.remote import FOLDER
 from lowrank_rlhf.remote.failures import Lost, explain
 from lowrank_rlhf.remote.there import agent
 
@@ -62,6 +64,11 @@ class Host:
             raise UserError(f"--dir: {folder!r} may hold letters, digits and {safe} only")
         self.name, self.folder = name, folder
         self.reached = False
+
+    def command(self, verb: str, *words: str) -> str:
+        """What to type for a verb of this machine."""
+        folder = () if self.folder == FOLDER else ("--dir", self.folder)
+        return shlex.join(("lowrank-rlhf", "remote", verb, self.name, *words, *folder))
 
     def ask(self, do: str, **what: Any) -> dict[str, Any]:
         """The answer to a request that may be repeated; a connection that cannot be made is tried again for half a

@@ -4,9 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from lowrank_rlhf.errors import UserError
-
-FOLDER = "lowrank-rlhf"
+from lowrank_rlhf.remote import FOLDER
 
 
 def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +25,21 @@ def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
 
     up = verb("up", "install this package there and check the machine; again at any time")
     up.add_argument("--venv", metavar="DIR", help="use an environment that is there instead of making one")
-    push = verb("push", "send the code, and what a recipe names; only what has changed")
-    _add_recipe(push, optional=True)
+    _add_recipe(verb("push", "send the code, and what a recipe names; only what has changed"), optional=True)
+    _add_jobs(verb)
+    _add_pull(verb("pull", "fetch a job's adapters, metrics and plots, never the base", job=True))
+    ui = verb("ui", "the app there, in a browser here, until Ctrl-C")
+    ui.add_argument("--port", metavar="N", type=int, default=7860, help="here (%(default)s)")
+    ui.add_argument("--prompts", metavar="FILE", help="a file here whose prompts are voted on")
+    ui.add_argument("--reward", metavar="RUN", help="a reward run there whose scores are shown after the vote")
+    watch = verb("watch", "run a command there once no job has run for a while, as to switch the machine off")
+    watch.add_argument("--idle-stop", metavar="MIN", type=float, help="minutes without a job")
+    watch.add_argument("--command", metavar="CMD", help="for the shell there, as 'sudo poweroff'")
+    watch.add_argument("--off", action="store_true", help="end the watch instead")
+    _add_export(verbs)
+
+
+def _add_jobs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     run = verb("run", "start a recipe there; it goes on without this machine")
     _add_recipe(run)
     run.add_argument("--follow", "-f", action="store_true", help="show its log until it ends")
@@ -45,19 +56,12 @@ def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
     resume = verb("resume", "go on with a job from its checkpoint", job=True)
     resume.add_argument("--follow", "-f", action="store_true", help="show its log until it ends")
     _add_secret(resume)
-    pull = verb("pull", "fetch a job's adapters, metrics and plots, never the base", job=True)
+
+
+def _add_pull(pull: argparse.ArgumentParser) -> None:
     pull.add_argument("--to", metavar="DIR", help="default: the run's own name here")
     pull.add_argument("--checkpoints", action="store_true", help="fetch these too")
     pull.add_argument("--votes", action="store_true", help="fetch the votes given in the app there instead")
-    ui = verb("ui", "the app there, in a browser here, until Ctrl-C")
-    ui.add_argument("--port", metavar="N", type=int, default=7860, help="here (%(default)s)")
-    ui.add_argument("--prompts", metavar="FILE", help="a file here whose prompts are voted on")
-    ui.add_argument("--reward", metavar="RUN", help="a reward run there whose scores are shown after the vote")
-    watch = verb("watch", "run a command there once no job has run for a while, as to switch the machine off")
-    watch.add_argument("--idle-stop", metavar="MIN", type=float, help="minutes without a job")
-    watch.add_argument("--command", metavar="CMD", help="for the shell there, as 'sudo poweroff'")
-    watch.add_argument("--off", action="store_true", help="end the watch instead")
-    _add_export(verbs)
 
 
 def _add_export(verbs: Any) -> None:
@@ -97,59 +101,53 @@ def remote(args: argparse.Namespace) -> int:
     Raises:
         UserError: something is wrong, here, there or in between.
     """
-    from lowrank_rlhf.remote import machine, pulling, running, serving
-    from lowrank_rlhf.remote.shipment import Shipment, read_shipment
+    from lowrank_rlhf.remote import machine, running, serving
     from lowrank_rlhf.remote.ssh import Host
-
-    def shipment() -> Shipment:
-        return read_shipment(args.recipe, args.overrides, tiny=args.tiny, everything=args.all)
 
     if args.remote_verb == "export":
         from lowrank_rlhf.remote.skypilot import export
 
-        return export(shipment(), args)
+        return export(_shipment(args), args)
     host = Host(args.host, args.dir)
-
-    def run() -> int:
-        how = running.Start(tuple(args.env), tuple(args.secret), args.gpus, args.overwrite)
-        return follow(running.start(host, shipment(), how))
-
-    def follow(job: str) -> int:
-        if args.follow:
-            return running.logs(host, job, follow=True)
-        print(f"see its log with: lowrank-rlhf remote logs {host.name} {job} -f")
-        return 0
-
-    def push() -> int:
-        if args.tiny and args.recipe is None:
-            raise UserError("--tiny: of which recipe?")
-        running.push(host, shipment() if args.recipe else None)
-        print(f"{host.name}: up to date")
-        return 0
-
-    def watch() -> int:
-        if args.off:
-            return serving.unwatch(host)
-        if args.idle_stop is None or not args.command:
-            raise UserError("watch: give --idle-stop MIN and --command CMD, or --off")
-        return serving.watch(host, args.idle_stop, args.command)
-
-    def pull() -> int:
-        if args.votes:
-            return pulling.pull_votes(host, args.to)
-        return pulling.pull(host, args.job, args.to, args.checkpoints)
-
     actions: dict[str, Callable[[], int]] = {
         "up": lambda: machine.up(host, args.venv),
-        "push": push,
-        "run": run,
+        "push": lambda: running.push(host, _shipment(args) if args.recipe else None),
+        "run": lambda: _run(args, host),
         "ps": lambda: running.ps(host),
         "logs": lambda: running.logs(host, args.job, args.follow),
         "metrics": lambda: running.metrics(host, args.job),
         "stop": lambda: running.stop(host, args.job, args.grace),
-        "resume": lambda: follow(running.resume(host, args.job, args.secret)),
-        "pull": pull,
+        "resume": lambda: _follow(args, host, running.resume(host, args.job, args.secret)),
+        "pull": lambda: _pull(args, host),
         "ui": lambda: serving.ui(host, args.port, args.prompts, args.reward),
-        "watch": watch,
+        "watch": lambda: serving.watch(host, args.idle_stop, args.command, args.off),
     }
     return actions[args.remote_verb]()
+
+
+def _shipment(args: argparse.Namespace) -> Any:
+    from lowrank_rlhf.remote.shipment import read_shipment
+
+    return read_shipment(args.recipe, args.overrides, tiny=args.tiny, everything=args.all)
+
+
+def _run(args: argparse.Namespace, host: Any) -> int:
+    from lowrank_rlhf.remote.running import Start, start
+
+    how = Start(tuple(args.env), tuple(args.secret), args.gpus, args.overwrite)
+    return _follow(args, host, start(host, _shipment(args), how))
+
+
+def _follow(args: argparse.Namespace, host: Any, job: str) -> int:
+    from lowrank_rlhf.remote.running import logs
+
+    if args.follow:
+        return logs(host, job, follow=True)
+    print(f"this machine may be switched off; see its log with: {host.command('logs', job, '-f')}")
+    return 0
+
+
+def _pull(args: argparse.Namespace, host: Any) -> int:
+    from lowrank_rlhf.remote.pulling import pull, pull_votes
+
+    return pull_votes(host, args.to) if args.votes else pull(host, args.job, args.to, args.checkpoints)

@@ -119,7 +119,7 @@ def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready:
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env = {**kept, **about["env"], "PYTHONPATH": str(job / "code"), "PYTHONUNBUFFERED": "1"}
     training = subprocess.Popen(
-        [str(folders.python), "-m", "lowrank_rlhf.remote.launch", *about["launcher"], *command],
+        [str(folders.python), "-m", "lowrank_rlhf.launch", *about["launcher"], *command],
         cwd=str(folders.work),
         env=env,
         stdin=subprocess.PIPE,

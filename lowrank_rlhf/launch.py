@@ -1,4 +1,4 @@
-"""`python -m lowrank_rlhf.remote.launch [--processes N] STAGE …`: the command line, with secrets from standard input.
+"""`python -m lowrank_rlhf.launch [--processes N] STAGE …`: the command line, with secrets from standard input.
 
 They come as one line of JSON and go into the environment after the process has started, so that no list of processes
 and no file ever holds them.
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
 def _launch(processes: str, argv: Sequence[str]) -> int:
     from accelerate.commands.launch import main as launch
 
-    config = str(Path(__file__).with_name("ddp.yaml"))
+    config = str(Path(__file__).parent / "remote" / "ddp.yaml")
     sys.argv = ["accelerate", "--config_file", config, "--num_processes", processes, "-m", "lowrank_rlhf.cli", *argv]
     launch()
     return 0

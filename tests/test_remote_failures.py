@@ -104,7 +104,7 @@ def test_a_program_is_missing_there(machine, host, tmp_path, missing, said):
     before = without(machine, tmp_path, missing)
     try:
         with pytest.raises(UserError, match=said):
-            up(host, None)
+            up(host, None, {})
         if missing == "rsync":
             with pytest.raises(UserError, match=said):
                 push_code(host)
@@ -125,7 +125,7 @@ def test_a_python_that_is_too_old(machine, host, tmp_path, version, said):
     before = without(machine, tmp_path, python3=f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$2"\n')
     try:
         with pytest.raises(UserError, match=said):
-            up(host, None)
+            up(host, None, {})
     finally:
         machine.kill()
         (machine.folder / "sshd_config").write_text(before)

@@ -88,7 +88,9 @@ def test_a_stopped_training_goes_on_to_the_same_bits(machine, here, whole):
     step = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert 3 < step < STEPS
     assert [path.name for path in (metrics.parent / "checkpoints").iterdir()] == [f"step-{step:06d}"]
-    machine.run("resume", job, "--follow", cwd=here, timeout=900)
+    said = machine.run("resume", job, "--follow", cwd=here, timeout=900).stdout
+    assert "SIGTERM" not in said  # of the log before
+    assert f"sft step {STEPS}/{STEPS}" in said
     assert machine.state(job) == "finished"
     assert figures(metrics.parent) == figures(run)
     name = "adapters/sft/adapter_model.safetensors"

@@ -14,11 +14,12 @@ SENT = ("pyproject.toml", "constraints.txt", "README.md", "LICENSE", "app.py", "
 MIN_FREE_GIB = 15.0  # torch with its CUDA libraries takes most of it
 
 
-def up(host: Host, venv: str | None) -> int:
+def up(host: Host, venv: str | None, env: dict[str, str]) -> int:
     """Send the package, install it, and run `doctor`; again at any time, as only what is missing is done.
 
     Args:
         venv: an environment that is there, to be used instead of a new one.
+        env: variables for all that will run there.
 
     Returns:
         The exit status of `doctor` there.
@@ -36,7 +37,7 @@ def up(host: Host, venv: str | None) -> int:
     push_code(host)
     print("installing …", flush=True)
     try:
-        for event in host.listen("install", fingerprint=fingerprint(), venv=venv):
+        for event in host.listen("install", fingerprint=fingerprint(), venv=venv, env=env):
             if _is_news(event.get("text", "")):
                 print(f"  {event['text'].rstrip()}", flush=True)
         status = 0

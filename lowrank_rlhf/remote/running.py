@@ -74,7 +74,7 @@ def start(host: Host, shipment: Shipment, how: Start) -> str:
     Raises:
         UserError: the machine is not ready, or refuses the job.
     """
-    secrets, env = gather(how.secrets), _assignments(how.env)
+    secrets, env = gather(how.secrets), assignments(how.env)
     check_ready(host)
     send(host, shipment)
     place = host.ask("reserve", stage=shipment.stage, run_dir=shipment.run_dir)
@@ -90,7 +90,7 @@ def start(host: Host, shipment: Shipment, how: Start) -> str:
     }
     files = shipment.recipes(folder, run_dir)
     host.ask("start", name=place["job"], about=about, files=files, secrets=secrets)
-    sent = f"{len(shipment.files)} input files" if shipment.files else "no input files"
+    sent = f"{len(shipment.files)} input file{'s' * (len(shipment.files) != 1)}"
     with_secrets = f", secrets: {', '.join(secrets)}" if secrets else ""
     print(f"{place['job']} runs on {host.name}, into {run_dir} ({sent}{with_secrets})", flush=True)
     return str(place["job"])
@@ -107,7 +107,12 @@ def gather(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in dict.fromkeys((*SECRETS, *names)) if name in os.environ}
 
 
-def _assignments(words: Sequence[str]) -> dict[str, str]:
+def assignments(words: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE words as a dictionary.
+
+    Raises:
+        UserError: one is none, or its name is that of a secret.
+    """
     env: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -195,7 +200,7 @@ def metrics(host: Host, job: str | None) -> int:
                         line.step(int(row["step"]), round(row["tokens_per_second"] * row["seconds"]), row)
         else:
             for row, end in _rows(events):
-                if end is None:
+                if end is None and {"loss", "eval_loss"} & row.keys():
                     figures = "".join(f"  {name} {row[name]:.3f}" for name in ("loss", "eval_loss") if name in row)
                     print(f"{stage} step {row['step']:g}{figures}", flush=True)
     except KeyboardInterrupt:
@@ -241,12 +246,12 @@ def stop(host: Host, job: str | None, grace: float) -> int:
     return 0
 
 
-def resume(host: Host, job: str | None, secrets: Sequence[str]) -> str:
-    """Go on with a job from its newest checkpoint; returns its name.
+def resume(host: Host, job: str | None, secrets: Sequence[str]) -> tuple[str, int]:
+    """Go on with a job from its newest checkpoint; returns its name, and from which byte on its log is new.
 
     Raises:
         UserError: it is running, or finished.
     """
     said = host.ask("resume", name=job, secrets=gather(secrets), token=token_hex(8))
     print(f"{said['job']} goes on on {host.name}", flush=True)
-    return str(said["job"])
+    return str(said["job"]), int(said["log_from"])

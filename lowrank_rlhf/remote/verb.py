@@ -25,6 +25,7 @@ def add_remote_arguments(parser: argparse.ArgumentParser) -> None:
 
     up = verb("up", "install this package there and check the machine; again at any time")
     up.add_argument("--venv", metavar="DIR", help="use an environment that is there instead of making one")
+    _add_env(up, "for all that runs there, as HF_HOME=/workspace/hf; repeatable")
     _add_recipe(verb("push", "send the code, and what a recipe names; only what has changed"), optional=True)
     _add_jobs(verb)
     _add_pull(verb("pull", "fetch a job's adapters, metrics and plots, never the base", job=True))
@@ -45,7 +46,7 @@ def _add_jobs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     run.add_argument("--follow", "-f", action="store_true", help="show its log until it ends")
     run.add_argument("--overwrite", action="store_true", help="replace an earlier run in its run_dir there")
     run.add_argument("--gpus", metavar="N", type=int, default=1, help="processes, each on its own card (1)")
-    run.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help="for its environment; repeatable")
+    _add_env(run, "for its environment; repeatable")
     _add_secret(run)
     verb("ps", "all jobs there")
     logs = verb("logs", "a job's log", job=True)
@@ -85,6 +86,10 @@ def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None
     parser.add_argument("--all", action="store_true", help="of a pipeline, also its `more` stages")
 
 
+def _add_env(parser: argparse.ArgumentParser, summary: str) -> None:
+    parser.add_argument("--env", metavar="NAME=VALUE", action="append", default=[], help=summary)
+
+
 def _add_secret(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--secret",
@@ -110,14 +115,14 @@ def remote(args: argparse.Namespace) -> int:
         return export(_shipment(args), args)
     host = Host(args.host, args.dir)
     actions: dict[str, Callable[[], int]] = {
-        "up": lambda: machine.up(host, args.venv),
+        "up": lambda: machine.up(host, args.venv, running.assignments(args.env)),
         "push": lambda: running.push(host, _shipment(args) if args.recipe else None),
         "run": lambda: _run(args, host),
         "ps": lambda: running.ps(host),
         "logs": lambda: running.logs(host, args.job, args.follow),
         "metrics": lambda: running.metrics(host, args.job),
         "stop": lambda: running.stop(host, args.job, args.grace),
-        "resume": lambda: _follow(args, host, running.resume(host, args.job, args.secret)),
+        "resume": lambda: _follow(args, host, *running.resume(host, args.job, args.secret)),
         "pull": lambda: _pull(args, host),
         "ui": lambda: serving.ui(host, args.port, args.prompts, args.reward),
         "watch": lambda: serving.watch(host, args.idle_stop, args.command, args.off),
@@ -138,11 +143,11 @@ def _run(args: argparse.Namespace, host: Any) -> int:
     return _follow(args, host, start(host, _shipment(args), how))
 
 
-def _follow(args: argparse.Namespace, host: Any, job: str) -> int:
+def _follow(args: argparse.Namespace, host: Any, job: str, offset: int = 0) -> int:
     from lowrank_rlhf.remote.running import logs
 
     if args.follow:
-        return logs(host, job, follow=True)
+        return logs(host, job, follow=True, offset=offset)
     print(f"this machine may be switched off; see its log with: {host.command('logs', job, '-f')}")
     return 0
 

@@ -34,6 +34,12 @@ class Folders:
     def python(self) -> Path:
         return self.venv / "bin" / "python"
 
+    def environ(self, code: Path) -> dict[str, str]:
+        """The environment of what runs there: this process's, what `up --env` gave, and the package in `code`."""
+        kept = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+        given = (read_json(self.setup) or {}).get("env", {})
+        return {**kept, **given, "PYTHONPATH": str(code), "PYTHONUNBUFFERED": "1"}
+
     def make(self) -> None:
         """Make the folders; private, as the texts of data and logs are nobody else's."""
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -108,6 +108,7 @@ class Job:
             "now": time.time(),
             "step": _last_step(self.metrics) if about and self.metrics else None,
             "log_bytes": log.stat().st_size if log.exists() else 0,
+            "log_from": about.get("log_from", 0),  # where the last resume began
         }
 
 
@@ -226,6 +227,7 @@ def resume(folders: Folders, name: str | None, secrets: dict[str, str], token: s
     if lock is None:
         raise Refused(f"{job.name} is running; there is nothing to resume")
     about.update(attempts=about["attempts"] + 1, resumes=job.begun, started=time.time(), token=token)
+    about["log_from"] = job.describe()["log_bytes"]
     write_json(job.dir / "job.json", about)
     for left in ("stop", "exit"):
         if (job.dir / left).exists():

@@ -37,8 +37,11 @@ def gpus() -> list[str]:
     return said.stdout.decode("utf-8", "replace").split("\n")[:-1] if said.returncode == 0 else []
 
 
-def install(folders: Folders, fingerprint: str, venv: str | None) -> None:
+def install(folders: Folders, fingerprint: str, venv: str | None, env: dict[str, str]) -> None:
     """Make the environment, or take the one in `venv`, and remember what for; lines {"text"} while it goes on.
+
+    Args:
+        env: variables for all that will run there.
 
     Raises:
         Refused: no Python that is new enough, another `up` is running, or pip failed.
@@ -58,15 +61,14 @@ def install(folders: Folders, fingerprint: str, venv: str | None) -> None:
         pip = [str(folders.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
         package = ["-c", str(folders.code / "constraints.txt"), "-e", str(folders.code)]
         _stream([*pip, *package], "pip could not install it")
-    write_json(folders.setup, {"fingerprint": fingerprint, "made": time.time()})
+    write_json(folders.setup, {"fingerprint": fingerprint, "made": time.time(), "env": env})
     tell(end={"seconds": round(time.time() - began)})
 
 
 def doctor(folders: Folders) -> None:
     """Lines {"text"} of `lowrank-rlhf doctor` there, then {"end": its exit status}."""
     command = [str(folders.python), "-m", "lowrank_rlhf.cli", "doctor"]
-    env = {**os.environ, "PYTHONPATH": str(folders.code)}
-    tell(end=_relay(command, cwd=str(folders.work), env=env))
+    tell(end=_relay(command, cwd=str(folders.work), env=folders.environ(folders.code)))
 
 
 def _take(folders: Folders, venv: str) -> None:
@@ -96,8 +98,9 @@ def _new_enough() -> str:
     Raises:
         Refused: there is none.
     """
+    path = f"{os.environ.get('PATH', '')}:{os.path.expanduser('~/.local/bin')}"  # uv's place, often on no path here
     for minor in range(NEWEST, OLDEST - 1, -1):
-        found = shutil.which(f"python3.{minor}")
+        found = shutil.which(f"python3.{minor}", path=path)
         if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
             return found
     if sys.version_info >= (3, OLDEST):

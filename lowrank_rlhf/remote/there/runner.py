@@ -116,12 +116,10 @@ def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready:
     about: dict[str, Any] = dict(read_json(job / "job.json"))
     command = about["resume_command"] if about.get("resumes") else about["command"]
     print(f"$ lowrank-rlhf {shlex.join(command)}", flush=True)
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    env = {**kept, **about["env"], "PYTHONPATH": str(job / "code"), "PYTHONUNBUFFERED": "1"}
     training = subprocess.Popen(
         [str(folders.python), "-m", "lowrank_rlhf.launch", *about["launcher"], *command],
         cwd=str(folders.work),
-        env=env,
+        env={**folders.environ(job / "code"), **about["env"]},
         stdin=subprocess.PIPE,
         start_new_session=True,
         pass_fds=(lock,),

@@ -30,11 +30,10 @@ def free_port(folders: Folders) -> Any:
 def app(folders: Folders, port: int, options: list[str]) -> None:
     """Serve the app on the loopback interface until the connection ends; lines {"text"} of what it says."""
     command = [str(folders.python), "-m", "lowrank_rlhf.cli", "compare", "--port", str(port), *options]
-    env = {**os.environ, "PYTHONPATH": str(folders.code), "PYTHONUNBUFFERED": "1"}
     running = subprocess.Popen(
         command,
         cwd=str(folders.work),
-        env=env,
+        env=folders.environ(folders.code),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

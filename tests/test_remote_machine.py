@@ -77,7 +77,7 @@ def test_an_environment_that_is_there_is_taken_and_one_that_is_not_is_told(machi
     assert not (machine.there / "setup.json").exists()
     fake = tmp_path / "own environment" / "bin"
     fake.mkdir(parents=True)
-    (fake / "python").write_text("#!/bin/sh\necho "fine in $HF_HOME"; exit 0\n")
+    (fake / "python").write_text('#!/bin/sh\necho "fine in $HF_HOME"; exit 0\n')
     (fake / "python").chmod(0o755)
     done = machine.run("up", "--venv", str(fake.parent), "--env", "HF_HOME=/a place's $HOME", cwd=tmp_path)
     assert "fine in /a place's $HOME\n" in done.stdout

@@ -152,8 +152,10 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags and overrides in any order; argparse alone takes no override behind a flag that follows another one."""
+    """Flags, overrides and a JOB in any order; argparse alone takes none behind a flag that follows another word."""
     args, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-") and getattr(args, "job", "") is None:
+        args.job, *rest = rest
     unknown = [word for word in rest if word.startswith("-") or not hasattr(args, "overrides")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

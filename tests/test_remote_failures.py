@@ -1,5 +1,6 @@
 """What goes wrong on the way to another machine is told in words, by real ssh and rsync against a real sshd."""
 
+import argparse
 import errno
 import io
 import os
@@ -9,11 +10,13 @@ import sys
 import pytest
 from loopback import HOST, Loopback, free_port, needs_sshd
 
+from lowrank_rlhf import cli
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.remote import ssh
 from lowrank_rlhf.remote.failures import Lost, explain
 from lowrank_rlhf.remote.machine import push_code, up
 from lowrank_rlhf.remote.there import agent, jobs
+from lowrank_rlhf.remote.verb import add_remote_arguments, remote
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +230,39 @@ def test_two_ask_for_a_name_and_get_two(tmp_path):
     (folders.work / "runs/sft-4").mkdir()
     assert jobs.reserve(folders, "sft", None)["run_dir"] == "runs/sft-5"
     assert jobs.reserve(folders, "sft", "mine")["run_dir"] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "job"),
+    [
+        (["logs", "gpu", "-f", "sft-1"], "sft-1"),
+        (["logs", "gpu", "sft-1", "-f"], "sft-1"),
+        (["stop", "gpu", "--grace", "5", "sft-1"], "sft-1"),
+        (["pull", "--to", "x", "gpu", "sft-1"], "sft-1"),
+        (["pull", "gpu"], None),
+    ],
+)
+def test_words_come_in_any_order(words, job):
+    assert parsed(words).job == job
+
+
+def test_a_recipe_comes_behind_flags(monkeypatch):
+    asked = []
+    monkeypatch.setattr("lowrank_rlhf.remote.verb._shipment", lambda args: asked.append((args.recipe, args.overrides)))
+    monkeypatch.setattr("lowrank_rlhf.remote.running.push", lambda host, shipment: 0)
+    for words in (["gpu", "--dir", "x", "sft.yaml", "a=1"], ["gpu", "sft.yaml", "--dir", "x", "a=1"]):
+        assert remote(parsed(["push", *words])) == 0
+    assert asked == [("sft.yaml", ["a=1"])] * 2
+
+
+@pytest.mark.parametrize("words", [["logs", "gpu", "a", "b"], ["ps", "gpu", "a"], ["logs", "gpu", "--folow"]])
+def test_words_too_many(words, capsys):
+    with pytest.raises(SystemExit):
+        parsed(words)
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def parsed(words):
+    parser = argparse.ArgumentParser()
+    add_remote_arguments(parser)
+    return cli.parse(parser, words)

@@ -134,9 +134,11 @@ def test_the_app_is_reached_through_the_tunnel_and_ends_with_it(ready, tmp_path)
 def test_the_app_ends_when_the_laptop_vanishes(ready, tmp_path):
     app = ready.begin("ui", "--port", str(free_port()), cwd=tmp_path)
     assert any("workbench" in line for line in app.stdout)
+    connections = psutil.Process(app.pid).children(recursive=True)
     app.kill()
     app.stdout.close()
-    subprocess.run(["pkill", "-KILL", "-f", "ExitOnForwardFailure=yes"], check=False)
+    for connection in connections:
+        connection.kill()
     wait(lambda: subprocess.run(["pgrep", "-f", "lowrank_rlhf.cli compare --port"], capture_output=True).returncode)
 
 

@@ -106,6 +106,8 @@ def remote(args: argparse.Namespace) -> int:
     Raises:
         UserError: something is wrong, here, there or in between.
     """
+    if getattr(args, "recipe", "") is None and args.overrides:  # behind a flag
+        args.recipe, *args.overrides = args.overrides
     from lowrank_rlhf.remote import machine, running, serving
     from lowrank_rlhf.remote.ssh import Host
 

@@ -265,15 +265,21 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         print(as_yaml(recipe), end="")
         return 0
     quiet()
+    from lowrank_rlhf.processes import only_main_prints
     from lowrank_rlhf.runs import RECIPE, Interrupted, Run
 
     run = Run(recipe, overwrite=args.overwrite, resume=args.resume)
-    if run.finished:
-        print(f"{run.dir} is finished; nothing to resume")
-        return 0
-    try:
-        with run.stop_on_signal():
-            train(recipe, run)
-    except Interrupted as stop:
-        print(f"{stop}; go on with:\n  lowrank-rlhf {recipe.stage} --config {run.dir / RECIPE} --resume")
+    with only_main_prints():
+        if run.finished:
+            print(f"{run.dir} is finished; nothing to resume")
+            return 0
+        try:
+            with run.stop_on_signal():
+                train(recipe, run)
+        except Interrupted as stop:
+            print(f"{stop}; go on with:\n  lowrank-rlhf {recipe.stage} --config {run.dir / RECIPE} --resume")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

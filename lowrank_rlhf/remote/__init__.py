@@ -1,0 +1,1 @@
+"""Training on machines that are not this one, and on more than one GPU."""

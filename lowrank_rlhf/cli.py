@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -166,7 +167,8 @@ def run_safely(action: Callable[[], int]) -> int:
         print("interrupted; nothing that was saved is lost", file=sys.stderr)
         return 130
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # of several, started by accelerate launch
+        print(f"error{'' if process == '0' else f' in process {process}'}: {error}", file=sys.stderr)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_rlhf import __version__
+from lowrank_rlhf import __version__, processes
 from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.config_pipeline import RECIPES, PipelineRecipe
 from lowrank_rlhf.data import Examples
@@ -92,8 +92,10 @@ def run_pipeline(pipeline: Pipeline) -> Path:
 
     Raises:
         Interrupted: a stage was asked to stop; the same pipeline goes on from there.
-        UserError: prompts that do not fit are told before anything trains.
+        UserError: prompts that do not fit are told before anything trains; or this is one of several processes.
     """
+    if processes.started() > 1:
+        raise UserError("pipeline: several processes cannot share it; start it as one, or each stage alone")
     prompts = read_prompts(evaluation(pipeline))
     for name, recipe in pipeline.recipes.items():
         print(f"\npipeline: {name}", flush=True)

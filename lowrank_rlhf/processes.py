@@ -24,6 +24,11 @@ LAUNCHER_SETS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(hours=1)  # for a process that the others wait for
 
 
+def started() -> int:
+    """How many processes the launcher said to start; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(stage: str, device: str) -> None:
     """Meet the other processes, where there are any, each on its own card (nccl) or on the CPU (gloo).
 
@@ -33,8 +38,7 @@ def join(stage: str, device: str) -> None:
     Raises:
         UserError: a stage that is not divided, not enough cards, one card for all, or not started by a launcher.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if (count := started()) == 1:
         return
     if stage not in DIVIDED:
         raise UserError(f"{stage}: rollouts are not divided over processes yet; start it as one process, on one GPU")

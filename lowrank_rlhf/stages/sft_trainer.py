@@ -103,7 +103,7 @@ class RunTrainer(RunCheckpoints, SFTTrainer):
         """Mean loss and accuracy of the learned tokens of the held-out rows."""
         with self.backbone.use(ROLE):
             batches = [self._learned_logps(batch) for batch in self.held_out_batches()]
-        batches = processes.together([tuple(part.cpu() for part in parts) for parts in batches])
+        batches = processes.together([(a.cpu(), b.cpu(), c.cpu()) for a, b, c in batches])
         logps, entropy, is_top1 = (torch.cat(parts) for parts in zip(*batches, strict=True))
         figures = {"loss": -logps, "entropy": entropy, "mean_token_accuracy": is_top1}
         metrics = {f"eval_{name}": float(values.double().mean()) for name, values in figures.items()}

@@ -25,6 +25,8 @@ class SharedSteps(Trainer):
     """
 
     best: Best
+    _metrics: Any  # trl's: "train" → name → values since the last log
+    _total_train_tokens: Any
     seen = 0  # micro-batches of this step
 
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,12 +58,13 @@ class SharedSteps(Trainer):
         return super().get_total_train_batch_size(args) // processes.count()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """trl's figures, each the mean over the micro-batches of all processes."""
-        figures: dict[str, list[float]] = self._metrics["train"]
+        """trl's figures, each the mean over the micro-batches of all processes, and the tokens of all."""
+        figures = self._metrics["train"]
         parts = processes.gather(dict(figures))
         for name in dict.fromkeys(name for part in parts for name in part):
-            values = [value for part in parts for value in part.get(name, [])]
-            figures[name] = [sum(values)] if name == "num_tokens" else values
+            figures[name] = [value for part in parts for value in part.get(name, [])]
+        if "num_tokens" in figures:
+            figures["num_tokens"] = [sum(processes.gather(self._total_train_tokens))]
         super().log(logs, *args, **kwargs)
 
     def held_out_batches(self) -> Iterator[dict[str, Any]]:

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.errors import UserError
 
@@ -39,9 +41,15 @@ class Checkpoints:
     def write(self, step: int) -> Iterator[Path]:
         """A scratch folder to fill; it becomes the checkpoint of `step` when the block ends without an error.
 
+        Of several processes the main one's does; those of the others are thrown away.
+
         Raises:
             UserError: the disk is full; the earlier checkpoints are as they were.
         """
+        if not processes.is_main():
+            with TemporaryDirectory() as nowhere:
+                yield Path(nowhere)
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".step-*"):  # of a kill while writing
             shutil.rmtree(leftover)
@@ -71,15 +79,20 @@ class Checkpoints:
 def save_state(folder: Path, backbone: Backbone, optimizers: Mapping[str, tuple[Any, Any]], **extra: Any) -> None:
     """Adapters, heads, optimizers, schedules and random states into `folder`; `extra` is the loop's own cursor.
 
+    Of several processes the main one writes, also the others' random states.
+
     Args:
         optimizers: role → (optimizer, schedule).
     """
+    cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random_states = processes.gather((torch.get_rng_state(), cuda_rng))
+    if not processes.is_main():
+        return
     state = {
         "roles": {role: [p.detach() for p in backbone.parameters(role)] for role in backbone.roles},
         "optimizers": {role: optimizer.state_dict() for role, (optimizer, _) in optimizers.items()},
         "schedules": {role: schedule.state_dict() for role, (_, schedule) in optimizers.items()},
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "random_states": random_states,
         "extra": extra,
     }
     torch.save(state, folder / STATE)
@@ -103,9 +116,11 @@ def load_state(folder: Path, backbone: Backbone, optimizers: Mapping[str, tuple[
     for role, (optimizer, schedule) in optimizers.items():
         optimizer.load_state_dict(state["optimizers"][role])
         schedule.load_state_dict(state["schedules"][role])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    random_states = state["random_states"]
+    rng, cuda_rng = random_states[processes.rank() % len(random_states)]
+    torch.set_rng_state(rng)
+    if cuda_rng:
+        torch.cuda.set_rng_state_all(cuda_rng)
     return dict(state["extra"])
 
 

@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -172,7 +173,8 @@ def run_safely(action: Callable[[], int]) -> int:
         print("interrupted; nothing that was saved is lost", file=sys.stderr)
         return 130
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")  # of several, started by accelerate launch
+        print(f"error{'' if process == '0' else f' in process {process}'}: {error}", file=sys.stderr)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -272,17 +274,19 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         print(as_yaml(recipe), end="")
         return 0
     quiet()
+    from lowrank_rlhf.processes import only_main_prints
     from lowrank_rlhf.runs import RECIPE, Interrupted, Run
 
     run = Run(recipe, overwrite=args.overwrite, resume=args.resume)
-    if run.finished:
-        print(f"{run.dir} is finished; nothing to resume")
-        return 0
-    try:
-        with run.stop_on_signal():
-            train(recipe, run)
-    except Interrupted as stop:
-        print(f"{stop}; go on with:\n  lowrank-rlhf {recipe.stage} --config {run.dir / RECIPE} --resume")
+    with only_main_prints():
+        if run.finished:
+            print(f"{run.dir} is finished; nothing to resume")
+            return 0
+        try:
+            with run.stop_on_signal():
+                train(recipe, run)
+        except Interrupted as stop:
+            print(f"{stop}; go on with:\n  lowrank-rlhf {recipe.stage} --config {run.dir / RECIPE} --resume")
     return 0
 
 

@@ -14,11 +14,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lowrank_rlhf import __version__
+from lowrank_rlhf import __version__, processes
 from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.data import Examples
 from lowrank_rlhf.data.files import source_hash
 from lowrank_rlhf.data.loading import data_hash
+from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies, read_prompts
 from lowrank_rlhf.loader import as_dict
 from lowrank_rlhf.pipeline_recipes import COMPARISON, REWARD, SFT, Pipeline
@@ -34,8 +35,10 @@ def run_pipeline(pipeline: Pipeline) -> Path:
 
     Raises:
         Interrupted: a stage was asked to stop; the same pipeline goes on from there.
-        UserError: prompts that do not fit are told before anything trains.
+        UserError: prompts that do not fit are told before anything trains; or this is one of several processes.
     """
+    if processes.started() > 1:
+        raise UserError("pipeline: several processes cannot share it; start it as one, or each stage alone")
     prompts = read_prompts(evaluation(pipeline))
     for name, recipe in pipeline.recipes.items():
         print(f"\npipeline: {name}", flush=True)

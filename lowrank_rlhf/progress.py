@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from lowrank_rlhf import processes
+
 T = TypeVar("T")
 
 QUIET_SECONDS = 3.0
@@ -60,6 +62,9 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
     Args:
         total: how many there are, where it is known.
     """
+    if not processes.is_main():
+        yield from items
+        return
     started = time.monotonic()
     width = 0
     shown = started + QUIET_SECONDS

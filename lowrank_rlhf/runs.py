@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowrank_rlhf import memory
+from lowrank_rlhf import memory, processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.store import load_role, save_role
 from lowrank_rlhf.cards import model_card
@@ -53,6 +53,7 @@ class Interrupted(Exception):
 
 class Run:
     """A run directory, which appears with the first thing a stage writes: its data and recipe are accepted by then.
+    Of several processes the main one writes it, while the others call the same methods.
 
     Args:
         recipe: its `run_dir`, or an unused `runs/STAGE-N`.
@@ -65,7 +66,7 @@ class Run:
 
     Raises:
         UserError: the folder holds something and neither flag is on, holds something that is not a run, or holds a
-            run of another recipe; or this is one of several processes.
+            run of another recipe; or several processes are to train a stage that cannot be divided.
     """
 
     def __init__(self, recipe: RunRecipe, *, overwrite: bool = False, resume: bool = False):
@@ -77,13 +78,10 @@ class Run:
         self.stopping = False
         self.opened = time.perf_counter()
         memory.begin()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Each would train on its own, their gradients never meeting, and write into one folder
-            raise UserError("WORLD_SIZE: started as several processes; training uses one GPU, start it as one")
+        processes.join(stage, recipe.base.device)
         check_installed(recipe.track)
         self.trackers: Trackers | None = None
-        self.overwrite = overwrite
-        self.written = resume
+        self.overwrite, self.written = overwrite, resume
         if resume:
             self._reopen()
             return
@@ -93,6 +91,7 @@ class Run:
             "recipe": as_dict(recipe),
             "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in PACKAGES}},
             "seed": recipe.seed,
+            "processes": processes.count(),
         }
 
     def _check_free(self) -> bool:
@@ -108,17 +107,21 @@ class Run:
         return used
 
     def _create(self) -> None:
+        if processes.is_main():
+            self._make_folder()
+        self.dir = processes.gather(self.dir)[0]
+        self.checkpoints.folder = self.dir / "checkpoints"
+        self.written = True
+        self.info["recipe"] = as_dict(dataclasses.replace(self.recipe, run_dir=str(self.dir)))
+
+    def _make_folder(self) -> None:
         # Again, because minutes of reading and loading have passed
         if self.recipe.run_dir is None:
             self.dir = unused_run_dir(self.info["stage"])
-            self.checkpoints.folder = self.dir / "checkpoints"
         if self._check_free():
             shutil.rmtree(self.dir)
         self.dir.mkdir(parents=True, exist_ok=True)
-        self.written = True
-        recipe = dataclasses.replace(self.recipe, run_dir=str(self.dir))
-        self.info["recipe"] = as_dict(recipe)
-        write_atomic(self.dir / RECIPE, as_yaml(recipe))
+        write_atomic(self.dir / RECIPE, as_yaml(dataclasses.replace(self.recipe, run_dir=str(self.dir))))
 
     def _reopen(self) -> None:
         self.info = read_run(self.dir, "--resume")
@@ -131,7 +134,7 @@ class Run:
             )
         self.checkpoint = self.checkpoints.latest()
         for log, length in LOGS.items():
-            if (self.dir / log).exists() and not self.finished:
+            if processes.is_main() and (self.dir / log).exists() and not self.finished:
                 written = self.checkpoint / length if self.checkpoint else None
                 os.truncate(self.dir / log, int(written.read_text()) if written and written.exists() else 0)
 
@@ -140,13 +143,14 @@ class Run:
         return "final" in self.info
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is to be written after `step`: by the recipe, or because the run was asked to stop."""
+        """Whether a checkpoint is to be written after `step`: by the recipe, or because a process was asked to stop."""
+        self.stopping = any(processes.gather(self.stopping))
         every = self.recipe.save.steps
         return self.stopping or bool(every and step % every == 0)
 
     @contextmanager
     def write_checkpoint(self, step: int) -> Iterator[Path]:
-        """A folder to fill with all that is needed to go on after `step`.
+        """A folder to fill with all that is needed to go on after `step`; only the main process's is kept.
 
         Raises:
             Interrupted: the run was asked to stop; the checkpoint is written.
@@ -157,7 +161,7 @@ class Run:
             for log, length in LOGS.items():
                 if (self.dir / log).exists():
                     (folder / length).write_text(str((self.dir / log).stat().st_size))
-        if self.stopping:
+        if any(processes.gather(self.stopping)):  # asked since, perhaps only one of them yet
             raise Interrupted(self.dir, step)
 
     @contextmanager
@@ -188,6 +192,7 @@ class Run:
                 reason = "other data: the files have changed"
             if reason:
                 raise UserError(f"--resume: {self.dir} was started with {reason}")
+        processes.take_mains([p for role in backbone.roles for p in backbone.parameters(role)])
         self.record(base=dataclasses.asdict(backbone.info), data_hash=data_hash, **facts)
 
     def record(self, **facts: Any) -> None:
@@ -200,20 +205,22 @@ class Run:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and tell the trackers."""
         self.append(METRICS, [{"step": step, **metrics}])
-        if self.trackers is None:
-            self.trackers = Trackers(self.recipe.track, self.dir, self.info["recipe"])
-        self.trackers.log(step, metrics)
+        if processes.is_main():
+            self.trackers = self.trackers or Trackers(self.recipe.track, self.dir, self.info["recipe"])
+            self.trackers.log(step, metrics)
 
     def append(self, log: str, rows: list[dict[str, Any]]) -> None:
         """Add lines to one of `LOGS`. Those of a step come before its checkpoint, or a resumed run lacks them."""
         if not self.written:
             self.record()
-        with (self.dir / log).open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if processes.is_main():
+            with (self.dir / log).open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def finish(self, **final: Any) -> None:
         """Draw the plots and record the final metrics, time and peak of memory: nothing is left to do."""
-        plot_run(self.dir)
+        if processes.is_main():
+            plot_run(self.dir)
         if self.trackers is not None:
             self.trackers.close()
         minutes = round((time.perf_counter() - self.opened) / 60, 1)  # of this process, where the run was resumed
@@ -225,8 +232,9 @@ class Run:
     def save_role(self, backbone: Backbone, role: str, metrics: dict[str, float]) -> None:
         """Write `adapters/ROLE/`, its card with the last metrics."""
         self.record(base=dataclasses.asdict(backbone.info))
-        card = model_card(role, self.info, metrics, has_head=role in backbone.heads)
-        save_role(backbone, role, self.dir / "adapters" / role, card)
+        if processes.is_main():
+            card = model_card(role, self.info, metrics, has_head=role in backbone.heads)
+            save_role(backbone, role, self.dir / "adapters" / role, card)
 
 
 def load_run_role(backbone: Backbone, run_dir: str | Path, saved: str, role: str, *, key: str) -> None:
@@ -273,7 +281,9 @@ def recipe_base_and_data(run_dir: Path, source: str, **changed: Any) -> tuple[Ba
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file in one step: a kill leaves the old text or the new, never half of it."""
+    """Replace a file in one step: a kill leaves the old text or the new, never half of it. The main process does."""
+    if not processes.is_main():
+        return
     scratch = path.with_name(f".{path.name}.tmp")
     with scratch.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -32,7 +32,7 @@ LAYERS = [
     {"panel"},
     {"stability"},
     {"loader", "phases", "progress", "stability_rules", "http_json", "pipeline_recipes"},
-    {"memory"},
+    {"memory", "processes"},
     {"config", "config_grpo", "config_pipeline", "config_preference"},
     {"errors", ""},  # "" is the package itself: its version
 ]

@@ -144,11 +144,3 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch)
     assert main([*arguments, "track.report_to=[wandb]"]) == 2
     assert "track.report_to: wandb is not installed; pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
-    """Their gradients would never meet."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["sft", "--config", "recipes/sft.yaml", "--tiny", f"run_dir={tmp_path}/run"]) == 2
-    assert capsys.readouterr().err.startswith("error: WORLD_SIZE: started as several processes")
-    assert not (tmp_path / "run").exists()

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import embedded, tiny
 from lowrank_rlhf.config import Base
 from lowrank_rlhf.errors import UserError
@@ -52,19 +53,22 @@ class BaseInfo:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: whatever accelerator torch offers, else the CPU.
+    """`auto`: whatever accelerator torch offers, else the CPU. Of several processes each gets its own card.
 
     Raises:
         UserError: the device does not exist here.
     """
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"base.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        device = accelerator or torch.device("cpu")
+    else:
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"base.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if processes.count() > 1 and device.type != "cpu":
+        return torch.device(device.type, torch.accelerator.current_device_index())
     return device
 
 

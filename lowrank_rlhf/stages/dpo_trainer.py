@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config_preference import DPORecipe
 from lowrank_rlhf.data import Example
@@ -102,22 +103,22 @@ class DPORunTrainer(RunCheckpoints, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         inputs = self._with_reference(inputs)  # first: the policy's role is to be on until backward
-        loss = super()._compute_loss(saying(scored_tokens(self.backbone, **model_inputs(inputs))), inputs, False)
+        scored = scored_tokens(self.backbone, **model_inputs(inputs))
+        with self.own_figures():
+            loss = super()._compute_loss(saying(scored), inputs, False)
         drop_mean_logits(self._metrics["train"])
         return loss
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss and accuracy of the implicit reward with its 95 % interval by prompt; a tie is half right."""
-        losses = []
         assert self.model is not None
         self.model.eval()  # trl sorts its figures by the mode of this wrapper, which a training step sets again
         with self.backbone.use(POLICY):
-            for batch in self.get_eval_dataloader():
-                losses += self._pair_losses(self._prepare_inputs(batch))
-        figures = dict(self._metrics["eval"])
-        self._metrics["eval"].clear()
-        del figures["num_tokens"]
+            found = [self._pair_figures(batch) for batch in self.held_out_batches()]
+        batches = processes.together(found)
+        figures = {name: [value for batch in batches for value in batch[name]] for name in batches[0]}
+        losses = figures.pop("loss")
         margins = torch.tensor(figures["rewards/margins"], dtype=torch.float64)
         right = torch.where(margins == 0, 0.5, (margins > 0).double()).tolist()
         figures["rewards/accuracies"] = right
@@ -129,8 +130,8 @@ class DPORunTrainer(RunCheckpoints, DPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _pair_losses(self, inputs: dict[str, Any]) -> list[float]:
-        """The loss of each pair of a micro-batch; trl notes the figures of each."""
+    def _pair_figures(self, inputs: dict[str, Any]) -> dict[str, list[float]]:
+        """The loss of each pair of a micro-batch, and trl's figures of it."""
         inputs = self._with_reference(inputs)
         scored = vars(scored_tokens(self.backbone, **model_inputs(inputs)))
         pairs, losses = len(inputs["input_ids"]) // 2, []
@@ -138,9 +139,13 @@ class DPORunTrainer(RunCheckpoints, DPOTrainer):
             rows = [i, pairs + i]  # the chosen answers stand first
             alone = SimpleNamespace(**{name: values[rows] for name, values in scored.items()})
             one = {name: values[[i] if name in REFERENCE_COLUMNS else rows] for name, values in inputs.items()}
-            losses.append(float(super()._compute_loss(saying(alone), one, False)))
+            with self.own_figures():
+                losses.append(float(super()._compute_loss(saying(alone), one, False)))
         drop_mean_logits(self._metrics["eval"])
-        return losses
+        figures = {"loss": losses, **self._metrics["eval"]}
+        self._metrics["eval"].clear()
+        del figures["num_tokens"]
+        return figures
 
     def _with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
         precomputed = REFERENCE_COLUMNS[0] in inputs
@@ -167,12 +172,12 @@ def with_reference(
 
     Training pads them otherwise, so in NF4 the first log-ratios are only nearly 0.
     """
-    columns: dict[str, list[float]] = {name: [] for name in REFERENCE_COLUMNS}
-    groups = chunks(range(len(pairs)), micro_batch_size)
+    found: list[dict[str, list[float]]] = []
+    groups = processes.share(chunks(range(len(pairs)), micro_batch_size))
     for group in progress(groups, "reference log-probs", len(groups)):
         batch = {k: v.to(backbone.model.device) for k, v in collator([pairs[i] for i in group]).items()}
-        for name, logps in reference_logps(backbone, batch).items():
-            columns[name] += logps.tolist()
-    for name, values in columns.items():
-        pairs = pairs.add_column(name, values)
+        found.append({name: logps.tolist() for name, logps in reference_logps(backbone, batch).items()})
+    batches = processes.together(found)
+    for name in REFERENCE_COLUMNS:
+        pairs = pairs.add_column(name, [value for batch in batches for value in batch[name]])
     return pairs

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import KTOConfig, KTOTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config_preference import KTORecipe
 from lowrank_rlhf.data import Example
@@ -100,7 +101,8 @@ class KTORunTrainer(RunCheckpoints, KTOTrainer):
         # First what needs no gradient: the policy's role is to be on until backward
         inputs = inputs | self._reference_logps(inputs) | {"policy_KL_logps": self._logps(POLICY, inputs, "KL_")}
         scored = scored_tokens(self.backbone, *(inputs[name] for name in TEXT))
-        loss = super()._compute_loss(saying(scored), inputs, False)
+        with self.own_figures():
+            loss = super()._compute_loss(saying(scored), inputs, False)
         drop_mean_logits(self._metrics["train"])
         return loss
 
@@ -117,7 +119,8 @@ class KTORunTrainer(RunCheckpoints, KTOTrainer):
         assert self.model is not None
         self.model.eval()  # trl sorts its figures by the mode of this wrapper, which a training step sets again
         rows = self._eval_logps()
-        loss = float(super()._compute_loss(saying(_one_token_each(rows["logps"])), _as_inputs(rows), False))
+        with self.own_figures():
+            loss = float(super()._compute_loss(saying(_one_token_each(rows["logps"])), _as_inputs(rows), False))
         figures = {name: values[0] for name, values in self._metrics["eval"].items() if name not in UNKNOWN}
         self._metrics["eval"].clear()
         lead = (rows["logps"] - rows["ref_logps"]) - figures["kl"]
@@ -133,11 +136,13 @@ class KTORunTrainer(RunCheckpoints, KTOTrainer):
     def _eval_logps(self) -> dict[str, Tensor]:
         """Labels and log-probs of every held-out row, under policy and reference, shape (N,) each."""
         found: list[dict[str, Tensor]] = []
-        for batch in self.get_eval_dataloader():
-            inputs = self._prepare_inputs(batch)
+        for inputs in self.held_out_batches():
             logps = {"logps": self._logps(POLICY, inputs), "policy_KL_logps": self._logps(POLICY, inputs, "KL_")}
-            found.append({"label": inputs["label"]} | logps | self._reference_logps(inputs))
-        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
+            rows = {"label": inputs["label"]} | logps | self._reference_logps(inputs)
+            found.append({name: values.cpu() for name, values in rows.items()})
+        batches = processes.together(found)
+        device = self.backbone.model.device
+        return {name: torch.cat([part[name] for part in batches]).to(device) for name in batches[0]}
 
     def _reference_logps(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         role = self.backbone.reference_role

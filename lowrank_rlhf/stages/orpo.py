@@ -11,6 +11,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.checkpoints import load_state, save_state
 from lowrank_rlhf.config_preference import ORPORecipe
@@ -139,13 +140,15 @@ def step_gradients(
 ) -> tuple[Metrics, int]:
     """Accumulate the gradient of the mean loss over `comparisons`; each counts once.
 
+    Of several processes each takes its share of them.
+
     Returns:
         means of the loss and of trl's figures, and the number of tokens.
     """
     sums: Metrics = {}
     tokens = 0
     with backbone.use(POLICY, train=True):
-        for group in micro_batches(comparisons, micro_batch_size):
+        for group in micro_batches(processes.share(comparisons), micro_batch_size):
             batch = padded(backbone, group)
             loss, weights, figures = pair_losses(group, mean_logps(backbone, batch), beta)
             ((weights * loss).sum() / len(comparisons)).backward()
@@ -153,7 +156,10 @@ def step_gradients(
                 share = float((weights * values).sum()) / len(comparisons)
                 sums[name] = sums.get(name, 0.0) + share
             tokens += int(batch.attention_mask.sum())
-    return sums, tokens
+    processes.add_gradients(backbone.parameters(POLICY))
+    parts = processes.gather((sums, tokens))
+    names = parts[0][0]  # the main process has a comparison of every batch
+    return {name: sum(found.get(name, 0.0) for found, _ in parts) for name in names}, sum(count for _, count in parts)
 
 
 @torch.no_grad()
@@ -163,7 +169,8 @@ def evaluate(backbone: Backbone, comparisons: list[Comparison], micro_batch_size
         return {}
     groups = list(micro_batches(comparisons, micro_batch_size))
     with backbone.use(POLICY):
-        logps = torch.cat([mean_logps(backbone, padded(backbone, group)) for group in groups]).cpu().double()
+        mine = [mean_logps(backbone, padded(backbone, group)).cpu() for group in processes.share(groups)]
+        logps = torch.cat(processes.together(mine)).double()
     ordered = [comparison for group in groups for comparison in group]
     _, weights, figures = pair_losses(ordered, logps, beta)
     owner = torch.repeat_interleave(torch.tensor([len(c.pairs) for c in ordered]))

@@ -8,6 +8,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.checkpoints import load_state, save_state
 from lowrank_rlhf.config import RewardModel, RewardRecipe
@@ -165,13 +166,15 @@ def step_gradients(
 ) -> tuple[Metrics, int]:
     """Accumulate the gradient of the mean loss over `comparisons`; each counts once, and its pairs share a forward.
 
+    Of several processes each takes its share of them.
+
     Returns:
         mean loss, accuracy, score and margin, and the number of tokens.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     with backbone.use(role, train=True):
-        for group in micro_batches(comparisons, micro_batch_size):
+        for group in micro_batches(processes.share(comparisons), micro_batch_size):
             batch = pad_batch([a for c in group for a in c.answers], backbone.info.pad_token_id)
             batch = batch.to(backbone.model.device)
             scores = backbone.scores(role, batch.input_ids, batch.attention_mask)
@@ -183,6 +186,8 @@ def step_gradients(
             figures = torch.stack([loss, wins, (better + worse) / 2, better - worse]).detach()
             sums += (weights * figures).sum(dim=1).double().cpu()
             tokens += int(batch.attention_mask.sum())
+    processes.add_gradients(backbone.parameters(role))
+    sums, tokens = (sum(parts) for parts in zip(*processes.gather((sums, tokens)), strict=True))
     names = ("loss", "rewards/accuracies", "rewards/mean", "rewards/margins")
     return dict(zip(names, (sums / len(comparisons)).tolist(), strict=True)), tokens
 
@@ -195,7 +200,8 @@ def evaluate(
     if not comparisons:
         return {}
     answers = [answer for comparison in comparisons for answer in comparison.answers]
-    passes = [score_sequences(backbone, role, answers, 2 * micro_batch_size) for role in roles]
+    mine = processes.share(answers)
+    passes = [processes.together(score_sequences(backbone, role, mine, 2 * micro_batch_size)) for role in roles]
     members = torch.tensor(passes, dtype=torch.float64)
     better, worse, _, weights = pairs_of(comparisons, members.mean(dim=0))
     right = torch.where(better == worse, 0.5, (better > worse).double())

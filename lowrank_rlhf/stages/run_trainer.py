@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import SFTRecipe, Train
 from lowrank_rlhf.config_preference import DPORecipe, KTORecipe
@@ -16,6 +17,7 @@ from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.progress import Progress
 from lowrank_rlhf.runs import Run
 from lowrank_rlhf.stages.early_stopping import Best
+from lowrank_rlhf.stages.shared_steps import SharedSteps
 
 ROLES_FILE = "roles.pt"
 
@@ -23,12 +25,14 @@ ROLES_FILE = "roles.pt"
 def refuse_uneven(train: Train) -> None:
     """
     Raises:
-        UserError: the batch cannot be cut into micro-batches.
+        UserError: the batch cannot be cut into micro-batches, as many for each process.
     """
-    if train.batch_size % train.micro_batch_size:
+    count = processes.count()
+    if train.batch_size % (train.micro_batch_size * count):
+        shared = f" times {count} processes" if count > 1 else ""
         raise UserError(
             f"train.batch_size: {train.batch_size} is not a multiple of train.micro_batch_size "
-            f"({train.micro_batch_size})"
+            f"({train.micro_batch_size}){shared}"
         )
 
 
@@ -42,6 +46,7 @@ def trainer_arguments(
         "per_device_train_batch_size": train.micro_batch_size,
         "per_device_eval_batch_size": train.micro_batch_size,
         "gradient_accumulation_steps": train.batch_size // train.micro_batch_size,
+        "average_tokens_across_devices": False,  # each process counts those of all, see SharedSteps
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
         "learning_rate": train.learning_rate,
@@ -76,18 +81,19 @@ def keep_lora_precision(backbone: Backbone) -> Iterator[None]:
         parameter.data = data
 
 
-class RunCheckpoints(Trainer):
+class RunCheckpoints(SharedSteps):
     """The part of a trainer that writes and reads the run's checkpoints: every role's weights, and the best so far."""
 
     run: Run
     backbone: Backbone
-    best: Best
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.run.write_checkpoint(self.state.global_step) as folder:
             self.args.output_dir = str(folder)
             # Past trl's own method, which writes a model card that names a local path as the base
             Trainer._save_checkpoint(self, model, trial)
+            if not processes.is_main():
+                return
             (written,) = folder.iterdir()
             for path in written.iterdir():
                 path.rename(folder / path.name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Rollout, SFTRecipe
 from lowrank_rlhf.data import Example, Renderer, data_report, load_demonstrations, print_report, tokenize_demonstrations
@@ -44,7 +45,8 @@ def train(recipe: SFTRecipe, run: Run) -> None:
         if len(eval_set):
             final = {"eval_loss_before": run.metrics()[0]["eval_loss"], "eval_loss": trainer.evaluate()["eval_loss"]}
             print(f"sft: eval loss {final['eval_loss_before']:.4f} -> {final['eval_loss']:.4f}", flush=True)
-    write_samples(recipe, backbone, renderer, (eval_examples or train_examples)[:SAMPLES], run.dir / "samples.md")
+    if processes.is_main():
+        write_samples(recipe, backbone, renderer, (eval_examples or train_examples)[:SAMPLES], run.dir / "samples.md")
     run.save_role(backbone, ROLE, final)
     run.finish(**final)
     print(f"sft: saved in {run.dir}", flush=True)

@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import SFTRecipe
 from lowrank_rlhf.errors import UserError
@@ -101,7 +102,8 @@ class RunTrainer(RunCheckpoints, SFTTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss and accuracy of the learned tokens of the held-out rows."""
         with self.backbone.use(ROLE):
-            batches = [self._learned_logps(self._prepare_inputs(batch)) for batch in self.get_eval_dataloader()]
+            batches = [self._learned_logps(batch) for batch in self.held_out_batches()]
+        batches = processes.together([(a.cpu(), b.cpu(), c.cpu()) for a, b, c in batches])
         logps, entropy, is_top1 = (torch.cat(parts) for parts in zip(*batches, strict=True))
         figures = {"loss": -logps, "entropy": entropy, "mean_token_accuracy": is_top1}
         metrics = {f"eval_{name}": float(values.double().mean()) for name, values in figures.items()}

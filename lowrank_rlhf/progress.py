@@ -1,11 +1,10 @@
 """What a person sees while something takes long: a line a training step, and a bar over data."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
-
-from lowrank_rlhf import processes
 
 T = TypeVar("T")
 
@@ -62,7 +61,7 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
     Args:
         total: how many there are, where it is known.
     """
-    if not processes.is_main():
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one shows it; torch is not asked here
         yield from items
         return
     started = time.monotonic()

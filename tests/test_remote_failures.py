@@ -15,6 +15,8 @@ from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.remote import ssh
 from lowrank_rlhf.remote.failures import Lost, explain
 from lowrank_rlhf.remote.machine import push_code, up
+from lowrank_rlhf.remote.running import Start, start
+from lowrank_rlhf.remote.shipment import Shipment
 from lowrank_rlhf.remote.there import agent, jobs
 from lowrank_rlhf.remote.verb import add_remote_arguments, remote
 
@@ -253,6 +255,12 @@ def test_a_recipe_comes_behind_flags(monkeypatch):
     for words in (["gpu", "--dir", "x", "sft.yaml", "a=1"], ["gpu", "sft.yaml", "--dir", "x", "a=1"]):
         assert remote(parsed(["push", *words])) == 0
     assert asked == [("sft.yaml", ["a=1"])] * 2
+
+
+@pytest.mark.parametrize(("stage", "gpus"), [("ppo", 2), ("grpo", 4), ("pipeline", 2), ("sft", 0), ("sft", -1)])
+def test_what_does_not_run_on_several_cards_is_told_before_anything_is_sent(stage, gpus):
+    with pytest.raises(UserError, match=f"--gpus: {gpus} is not for {stage}, which runs on one card"):
+        start(ssh.Host("gpu", "x"), Shipment(stage, {"run_dir": None}), Start(gpus=gpus))
 
 
 @pytest.mark.parametrize("words", [["logs", "gpu", "a", "b"], ["ps", "gpu", "a"], ["logs", "gpu", "--folow"]])

@@ -14,7 +14,7 @@ from lowrank_rlhf.panel import panel
 from lowrank_rlhf.progress import clock
 from lowrank_rlhf.remote.failures import Lost
 from lowrank_rlhf.remote.machine import check_ready, push_code
-from lowrank_rlhf.remote.shipment import INPUTS, Shipment
+from lowrank_rlhf.remote.shipment import INPUTS, PIPELINE, Shipment
 from lowrank_rlhf.remote.ssh import WAITS, Host, waited
 
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")  # sent where they are set
@@ -75,6 +75,8 @@ def start(host: Host, shipment: Shipment, how: Start) -> str:
         UserError: the machine is not ready, or refuses the job.
     """
     secrets, env = gather(how.secrets), assignments(how.env)
+    if how.gpus < 1 or (how.gpus > 1 and shipment.stage in (PIPELINE, *ON_POLICY)):
+        raise UserError(f"--gpus: {how.gpus} is not for {shipment.stage}, which runs on one card; leave it out")
     check_ready(host)
     send(host, shipment)
     place = host.ask("reserve", stage=shipment.stage, run_dir=shipment.run_dir)
@@ -84,7 +86,7 @@ def start(host: Host, shipment: Shipment, how: Start) -> str:
         "run_dir": run_dir,
         "needs": shipment.needs,
         "env": env,
-        "overwrite": how.overwrite or shipment.stage == "pipeline",  # which keeps what is unchanged
+        "overwrite": how.overwrite or shipment.stage == PIPELINE,  # which keeps what is unchanged
         "launcher": ["--processes", str(how.gpus)] if how.gpus > 1 else [],
         **shipment.commands(folder, run_dir, how.overwrite),
     }

@@ -274,11 +274,11 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         print(as_yaml(recipe), end="")
         return 0
     quiet()
-    from lowrank_rlhf.processes import only_main_prints
+    from lowrank_rlhf import processes
     from lowrank_rlhf.runs import RECIPE, Interrupted, Run
 
     run = Run(recipe, overwrite=args.overwrite, resume=args.resume)
-    with only_main_prints():
+    with processes.only_main_prints():
         if run.finished:
             print(f"{run.dir} is finished; nothing to resume")
             return 0
@@ -286,7 +286,8 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
             with run.stop_on_signal():
                 train(recipe, run)
         except Interrupted as stop:
-            print(f"{stop}; go on with:\n  lowrank-rlhf {recipe.stage} --config {run.dir / RECIPE} --resume")
+            again = f"{processes.command()} {recipe.stage} --config {run.dir / RECIPE} --resume"
+            print(f"{stop}; go on with:\n  {again}")
     return 0
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 DIVIDED = ("sft", "reward", "dpo", "orpo", "kto")  # stages whose steps can be shared
 LAUNCHER_SETS = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+CONFIG = Path(__file__).parent / "remote" / "ddp.yaml"
 PATIENCE = timedelta(hours=1)  # for a process that the others wait for
 
 
@@ -45,7 +47,7 @@ def join(stage: str, device: str) -> None:
     if missing := [name for name in LAUNCHER_SETS if name not in os.environ]:
         raise UserError(
             f"WORLD_SIZE: says {count} processes, but {missing[0]} is not set; unset it, or start them with "
-            "accelerate launch --config_file lowrank_rlhf/remote/ddp.yaml --num_processes N"
+            f"accelerate launch --config_file {CONFIG} --num_processes N"
         )
     if ":" in device:
         raise UserError(f"base.device: {device} is one card for {count} processes; give its kind alone, or auto")
@@ -70,6 +72,13 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this is the one process that writes and prints."""
     return rank() == 0
+
+
+def command() -> str:
+    """How the package's command is started with as many processes."""
+    if count() == 1:
+        return "lowrank-rlhf"
+    return f"accelerate launch --config_file {CONFIG} --num_processes {count()} -m lowrank_rlhf.cli"
 
 
 @contextlib.contextmanager

@@ -77,8 +77,8 @@ class Run:
         self.checkpoint: Path | None = None
         self.stopping = False
         self.opened = time.perf_counter()
+        processes.join(stage, recipe.base.device)  # before anything touches a GPU, which is to be this process's own
         memory.begin()
-        processes.join(stage, recipe.base.device)
         check_installed(recipe.track)
         self.trackers: Trackers | None = None
         self.overwrite, self.written = overwrite, resume

@@ -236,8 +236,8 @@ def test_sigterm_to_the_launcher_leaves_a_checkpoint_to_go_on_from(data, tmp_pat
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said = finished(process)
-    print(said[-3000:], process.returncode)
-    assert said.count("go on with:") == 1
+    again = f"accelerate launch --config_file {CONFIG} --num_processes 2 -m lowrank_rlhf.cli dpo --config {tmp_path}"
+    assert said.count("go on with:") == said.count(again) == 1, said
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     done = int(checkpoint.name.removeprefix("step-"))
     assert rows(tmp_path / "run")[-1]["step"] == done < 5000

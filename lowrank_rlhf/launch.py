@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
 def _launch(processes: str, argv: Sequence[str]) -> int:
     from accelerate.commands.launch import main as launch
 
+    # It kills the processes where they take longer to stop; how long they may is the runner's to say
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "86400")
     config = str(Path(__file__).parent / "remote" / "ddp.yaml")
     sys.argv = ["accelerate", "--config_file", config, "--num_processes", processes, "-m", "lowrank_rlhf.cli", *argv]
     launch()

@@ -11,7 +11,7 @@ from lowrank_rlhf.config import Base
 from lowrank_rlhf.runs import Run
 
 # Of the slow tests these go first, so that no core is left with one of them when the others are done
-LONGEST = ("test_real_data.py", "test_memory.py", "test_resume.py")
+LONGEST = ("test_real_data.py", "test_memory.py", "test_resume.py", "test_remote_jobs.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.loopback import Loopback, children, laptop, needs_sshd, until
@@ -38,6 +39,33 @@ def test_a_training_that_does_not_stop_is_killed(machine, here, alive):
     assert f"{job} killed; it did not stop in time, and goes on from an earlier checkpoint" in said
     assert f"{job:<14}killed" in machine.run("ps", cwd=here).stdout
     assert f"{job} is killed" in machine.run("stop", job, cwd=here).stdout
+
+
+LEAVES = """
+import subprocess
+def main(argv):
+    left = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    print("lives", left.pid, flush=True)
+    while not os.path.exists("enough"):
+        time.sleep(0.05)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_nothing_that_a_training_has_started_outlives_it(machine, here, ends):
+    machine.pretend(LEAVES)
+    job = machine.begun(here)
+    left = int((machine.there / "jobs" / job / "log").read_text().split("lives ")[1].split()[0])
+    assert psutil.pid_exists(left)
+    if ends == "killed":
+        training, _ = runner_of(machine, job)
+        os.kill(training, signal.SIGKILL)
+    else:
+        (machine.there / "work" / "enough").touch()
+    machine.wait_for(job, "finished" if ends == "by itself" else "failed")
+    (machine.there / "work" / "enough").unlink(missing_ok=True)
+    until(lambda: not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE)
 
 
 def test_a_second_stop_may_be_less_patient(machine, here, alive):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shlex
@@ -50,7 +51,7 @@ def end_orphan(job: Path) -> None:
         while is_locked(job / "lock"):
             if time.time() > (_deadline(job / "stop") or 0):
                 print(TOO_LATE, flush=True)
-                _kill(group, signal.SIGKILL)
+                _kill(group)
                 write_text(job / "exit", f"{-signal.SIGKILL}\n")
                 return
             time.sleep(SECONDS)
@@ -116,6 +117,7 @@ def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready:
     about: dict[str, Any] = dict(read_json(job / "job.json"))
     command = about["resume_command"] if about.get("resumes") else about["command"]
     print(f"$ lowrank-rlhf {shlex.join(command)}", flush=True)
+    _adopt_orphans()
     training = subprocess.Popen(
         [str(folders.python), "-m", "lowrank_rlhf.launch", *about["launcher"], *command],
         cwd=str(folders.work),
@@ -134,11 +136,11 @@ def _run(folders: Folders, job: Path, secrets: dict[str, str], lock: int, ready:
     try:
         write_text(job / "pid", str(training.pid))
     except OSError:
-        _kill(training.pid, signal.SIGKILL)  # nobody would know of it
+        _kill(training.pid)  # nobody would know of it
         raise
     ready()
     status = _wait(training, job / "stop")
-    _kill(training.pid, signal.SIGKILL)  # what it may have left behind
+    _kill(training.pid)  # what it may have left behind
     write_text(job / "exit", f"{status}\n")
 
 
@@ -158,7 +160,7 @@ def _wait(training: subprocess.Popen[bytes], stop: Path) -> int:
             training.terminate()
         elif time.time() > deadline:
             print(TOO_LATE, flush=True)
-            _kill(training.pid, signal.SIGKILL)
+            _kill(training.pid)
             return training.wait()
 
 
@@ -169,6 +171,28 @@ def _deadline(stop: Path) -> float | None:
         return None
 
 
-def _kill(group: int, number: int) -> None:
+def _kill(training: int) -> None:
+    """SIGKILL to a training and to all that it has started, also what has a session of its own by now."""
+    for pid in (*_below(training), *_below(os.getpid())):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
+        os.killpg(training, signal.SIGKILL)
+
+
+def _below(root: int) -> list[int]:
+    """The processes that this one has started, and those that they have."""
+    parents: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    found = [root]
+    for parent in found:
+        found.extend(pid for pid, its in parents.items() if its == parent)
+    return found[1:]
+
+
+def _adopt_orphans() -> None:
+    """Have processes whose parent has ended become this one's children, so that they are found; on Linux."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER

@@ -25,12 +25,16 @@ def main(argv: Sequence[str]) -> int:
 
 def _launch(processes: str, argv: Sequence[str]) -> int:
     from accelerate.commands.launch import main as launch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
     # It kills the processes where they take longer to stop; how long they may is the runner's to say
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "86400")
     config = str(Path(__file__).parent / "remote" / "ddp.yaml")
     sys.argv = ["accelerate", "--config_file", config, "--num_processes", processes, "-m", "lowrank_rlhf.cli", *argv]
-    launch()
+    try:
+        launch()
+    except SignalException as stop:  # passed on to the processes, which have stopped by now
+        return 128 + int(stop.sigval)
     return 0
 
 

@@ -196,7 +196,7 @@ class Loopback:
     def state(self, job: str) -> str:
         return Job(Folders(str(self.there)), job).state
 
-    def wait_for(self, job: str, *states: str, seconds: float = 60) -> None:
+    def wait_for(self, job: str, *states: str, seconds: float = 300) -> None:
         until(lambda: self.state(job) in states, seconds, f"{job} to be {' or '.join(states)}")
 
     def end(self) -> None:
@@ -219,7 +219,7 @@ def laptop(folder: Path) -> Path:
     return folder
 
 
-def until(holds, seconds: float = 60, what: str = "it") -> None:
+def until(holds, seconds: float = 300, what: str = "it") -> None:
     """Wait for something to hold."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -74,7 +74,7 @@ def test_a_second_stop_may_be_less_patient(machine, here, alive):
     patient = machine.begin("stop", job, cwd=here)
     machine.wait_for(job, "stopping")
     machine.run("stop", job, "--grace", "0", cwd=here)
-    patient.communicate(timeout=60)
+    patient.communicate(timeout=300)
     assert machine.state(job) == "killed"
 
 

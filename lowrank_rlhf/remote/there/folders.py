@@ -12,9 +12,13 @@ import fcntl
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any
+
+SILENCE = 10.0  # seconds after which a line is sent all the same, so that a connection that is gone is noticed
+_speaking = threading.Lock()
 
 
 class Refused(Exception):
@@ -97,5 +101,6 @@ def take(path: Path) -> IO[str] | None:
 
 def tell(**event: Any) -> None:
     """Send one line to who asked; whoever listens no more is no error of the job."""
-    sys.stdout.write(json.dumps(event) + "\n")
-    sys.stdout.flush()
+    with _speaking:
+        sys.stdout.write(json.dumps(event) + "\n")
+        sys.stdout.flush()

@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lowrank_rlhf.remote.there.folders import Folders, Refused, tell
+from lowrank_rlhf.remote.there.folders import SILENCE, Folders, Refused, tell
 from lowrank_rlhf.remote.there.jobs import Job, find
 
 SECONDS = 0.3  # between two looks
-SILENCE = 10.0  # seconds after which a line is sent all the same, so that a connection that is gone is noticed
 CHUNK = 256 * 1024
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from lowrank_rlhf.remote.there.folders import Folders, Refused, is_locked, read_json, tell, write_json
+from lowrank_rlhf.remote.there.folders import SILENCE, Folders, Refused, is_locked, read_json, tell, write_json
 from lowrank_rlhf.remote.there.jobs import Job, names
 from lowrank_rlhf.remote.there.runner import daemon
 
@@ -40,7 +41,9 @@ def app(folders: Folders, port: int, options: list[str]) -> None:
     )
 
     def end_with_the_connection() -> None:
-        sys.stdin.buffer.read()
+        with contextlib.suppress(OSError):
+            while not select.select([0], [], [], SILENCE)[0]:
+                tell()
         running.terminate()
 
     threading.Thread(target=end_with_the_connection, daemon=True).start()

@@ -62,7 +62,7 @@ def whole(machine, here):
 @pytest.mark.slow
 def test_a_training_is_sent_followed_and_fetched_to_the_byte(machine, here, whole):
     job = whole.partition(" ")[0]
-    assert f"{job} runs on loop, into runs/whole (1 input files)" in whole
+    assert f"{job} runs on loop, into runs/whole (1 input file)" in whole
     assert f"sft step {STEPS}/{STEPS}  loss " in whole
     assert f"{job} finished; fetch it with: lowrank-rlhf remote pull loop {job}" in whole
     assert machine.run("logs", job, cwd=here).stdout in whole

@@ -13,6 +13,7 @@ import pytest
 from lowrank_rlhf.cli import main
 from lowrank_rlhf.pipeline import run_pipeline
 from lowrank_rlhf.pipeline_recipes import load_pipeline
+from lowrank_rlhf.runs import Interrupted, Run
 from tests import kill
 
 ROOT = Path(__file__).parent.parent
@@ -182,3 +183,18 @@ def test_an_unknown_stage_is_told(tmp_path, capsys):
     config.write_text("stages: {sft: recipes/sft.yaml, pppo: recipes/ppo.yaml}\ncomparison: {prompts: x.jsonl}\n")
     assert main([*words(tmp_path / "runs"), "--config", str(config)]) == 2
     assert f"{config}: stages.pppo: no such stage; there are sft, reward, ppo" in capsys.readouterr().err
+
+
+def test_a_stop_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path, monkeypatch):
+    pipeline = load_pipeline("recipes/pipeline.yaml", [], run_dir=str(tmp_path), everything=False, tiny=True)
+    finish = Run.finish
+
+    def asked_at_the_end(self, **final):
+        finish(self, **final)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "finish", asked_at_the_end)
+    with pytest.raises(Interrupted, match=r"stopped after step 2, which is saved in .*sft"):
+        run_pipeline(pipeline)
+    assert "final" in json.loads((tmp_path / "sft" / "run.json").read_text())
+    assert not (tmp_path / "reward").exists()

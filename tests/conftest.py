@@ -1,4 +1,4 @@
-"""What several test modules start from: the random two-layer base on CPU, and servers on this machine."""
+"""What several test modules start from: the random two-layer base on CPU, and servers and an sshd on this machine."""
 
 import gc
 
@@ -9,6 +9,7 @@ from lowrank_rlhf import http_json
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Base
 from lowrank_rlhf.runs import Run
+from tests.loopback import Loopback, laptop
 
 # Of the slow tests these go first, so that no core is left with one of them when the others are done
 LONGEST = ("test_real_data.py", "test_memory.py", "test_resume.py", "test_remote_jobs.py")
@@ -46,6 +47,32 @@ def bases_seen(monkeypatch):
 
     monkeypatch.setattr(Run, "log", counting_log)
     return seen
+
+
+@pytest.fixture(scope="module")
+def new_machine(tmp_path_factory):
+    """A machine to log in to, on which nothing is installed."""
+    with Loopback(tmp_path_factory.mktemp("machine")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def machine(new_machine):
+    """The same as `remote up` leaves it."""
+    new_machine.ready(new_machine.folder)
+    return new_machine
+
+
+@pytest.fixture(scope="module")
+def here(machine):
+    return laptop(machine.folder / "laptop")
+
+
+@pytest.fixture
+def alive(machine):
+    """Jobs that only live, and the folder they work in."""
+    with machine.living() as work:
+        yield work
 
 
 @pytest.fixture

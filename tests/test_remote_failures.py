@@ -8,7 +8,6 @@ import shutil
 import sys
 
 import pytest
-from loopback import HOST, Loopback, free_port, needs_sshd
 
 from lowrank_rlhf import cli
 from lowrank_rlhf.errors import UserError
@@ -19,13 +18,12 @@ from lowrank_rlhf.remote.running import Start, start
 from lowrank_rlhf.remote.shipment import Shipment
 from lowrank_rlhf.remote.there import agent, jobs
 from lowrank_rlhf.remote.verb import add_remote_arguments, remote
+from tests.loopback import HOST, free_port, needs_sshd
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    loopback = Loopback(tmp_path_factory.mktemp("machine"))
-    yield loopback
-    loopback.end()
+def machine(new_machine):
+    return new_machine  # nothing is installed on it
 
 
 @pytest.fixture

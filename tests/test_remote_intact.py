@@ -12,7 +12,7 @@ from lowrank_rlhf.config import SFTRecipe
 from lowrank_rlhf.loader import as_dict, as_yaml, load_recipe
 from lowrank_rlhf.remote import machine as there
 from lowrank_rlhf.remote import pulling, ssh
-from tests.loopback import HOST, Loopback, laptop, needs_sshd, until
+from tests.loopback import HOST, laptop, needs_sshd, until
 
 pytestmark = needs_sshd
 
@@ -45,11 +45,9 @@ def words(count, canary, unfit=""):
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    with Loopback(tmp_path_factory.mktemp("machine")) as made:
-        made.ready(made.folder)
-        made.pretend(TRAINING)
-        yield made
+def machine(machine):
+    machine.pretend(TRAINING)
+    return machine
 
 
 @pytest.fixture

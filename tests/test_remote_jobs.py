@@ -8,32 +8,13 @@ import shutil
 
 import pytest
 
-from tests.loopback import ROOT, Loopback, laptop, needs_sshd, until
+from tests.loopback import ROOT, needs_sshd, until
 
 pytestmark = needs_sshd
 
 STEPS = 60
 # Dropout, so that the random state matters; no checkpoint but that of the stop
 TRAINING = ("sft.yaml", "--tiny", "lora.dropout=0.1", f"train.max_steps={STEPS}", "train.epochs=60", "save.steps=null")
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    with Loopback(tmp_path_factory.mktemp("machine")) as made:
-        made.ready(made.folder)
-        yield made
-
-
-@pytest.fixture(scope="module")
-def here(machine):
-    return laptop(machine.folder / "laptop")
-
-
-@pytest.fixture
-def alive(machine):
-    """Jobs that only live, and the folder they work in."""
-    with machine.living() as work:
-        yield work
 
 
 def hashes(folder):

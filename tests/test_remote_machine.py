@@ -9,18 +9,16 @@ import time
 import httpx
 import psutil
 import pytest
-from loopback import HOST, Loopback, free_port, needs_sshd
 
 from lowrank_rlhf.remote import machine as laptop
 from lowrank_rlhf.remote.there.folders import Folders
 from lowrank_rlhf.remote.there.jobs import reserve
+from tests.loopback import HOST, Loopback, free_port, needs_sshd
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    loopback = Loopback(tmp_path_factory.mktemp("machine"))
-    yield loopback
-    loopback.end()
+def machine(new_machine):
+    return new_machine  # nothing is installed on it
 
 
 @pytest.fixture

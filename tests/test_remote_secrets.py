@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.loopback import Loopback, laptop, needs_sshd, until
+from tests.loopback import needs_sshd, until
 
 pytestmark = needs_sshd
 
@@ -29,16 +29,9 @@ def main(argv):
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    with Loopback(tmp_path_factory.mktemp("machine")) as made:
-        made.ready(made.folder)
-        made.pretend(TRAINING)
-        yield made
-
-
-@pytest.fixture(scope="module")
-def here(machine):
-    return laptop(machine.folder / "laptop")
+def machine(machine):
+    machine.pretend(TRAINING)
+    return machine
 
 
 def values():

@@ -7,28 +7,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.loopback import Loopback, children, laptop, needs_sshd, until
+from tests.loopback import children, needs_sshd, until
 
 pytestmark = needs_sshd
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    with Loopback(tmp_path_factory.mktemp("machine")) as made:
-        made.ready(made.folder)
-        yield made
-
-
-@pytest.fixture(scope="module")
-def here(machine):
-    return laptop(machine.folder / "laptop")
-
-
-@pytest.fixture
-def alive(machine):
-    """Jobs that only live, and the folder they work in."""
-    with machine.living() as work:
-        yield work
 
 
 def test_a_training_that_does_not_stop_is_killed(machine, here, alive):

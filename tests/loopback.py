@@ -28,9 +28,11 @@ needs_sshd = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[1]
 HOST = "loop"
 # The command line of this side, which is to work on a laptop that has no torch
+# Ctrl-C reaches it as it does in a terminal, also where a shell runs these tests in the background, which ignore it
 LAPTOP = """
-import sys
+import signal, sys
 from lowrank_rlhf import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     status = cli.main(sys.argv[1:])
 finally:

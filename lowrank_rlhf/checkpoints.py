@@ -77,15 +77,17 @@ class Checkpoints:
 
 
 def save_state(folder: Path, backbone: Backbone, optimizers: Mapping[str, tuple[Any, Any]], **extra: Any) -> None:
-    """Adapters, heads, optimizers, schedules and random states into `folder`; `extra` is the loop's own cursor.
+    """Adapters, heads, optimizers, schedules, random states and what fits into memory into `folder`.
 
     Of several processes the main one writes, also the others' random states.
 
     Args:
         optimizers: role → (optimizer, schedule).
+        extra: the loop's own cursor.
     """
     cuda_rng = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     random_states = processes.gather((torch.get_rng_state(), cuda_rng))
+    most_rows = backbone.most_rows.state_dict()
     if not processes.is_main():
         return
     state = {
@@ -93,6 +95,7 @@ def save_state(folder: Path, backbone: Backbone, optimizers: Mapping[str, tuple[
         "optimizers": {role: optimizer.state_dict() for role, (optimizer, _) in optimizers.items()},
         "schedules": {role: schedule.state_dict() for role, (_, schedule) in optimizers.items()},
         "random_states": random_states,
+        "most_rows": most_rows,
         "extra": extra,
     }
     torch.save(state, folder / STATE)
@@ -121,6 +124,7 @@ def load_state(folder: Path, backbone: Backbone, optimizers: Mapping[str, tuple[
     torch.set_rng_state(rng)
     if cuda_rng:
         torch.cuda.set_rng_state_all(cuda_rng)
+    backbone.most_rows.load_state_dict(state.get("most_rows", {}))  # an earlier version's checkpoint has none
     return dict(state["extra"])
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import LEARN
 from lowrank_rlhf.progress import progress
 
 
@@ -72,6 +74,11 @@ def micro_batches(comparisons: SequenceOf[Comparison], pairs: int) -> Iterator[l
         group.append(comparison)
     if group:
         yield group
+
+
+def pairs_that_fit(backbone: Backbone, pairs: int) -> int:
+    """`pairs`, or as many as memory was found to have room for; one may still have to be learned in two pieces."""
+    return max(1, backbone.most_rows.of(2 * pairs, LEARN) // 2)
 
 
 def pairs_of(group: SequenceOf[Comparison], values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

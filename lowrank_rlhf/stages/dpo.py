@@ -12,6 +12,7 @@ from lowrank_rlhf.config_preference import DPORecipe
 from lowrank_rlhf.data import Renderer, data_report, load_preferences, print_report, tokenize_pairs
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.runs import Run
 from lowrank_rlhf.stages.dpo_trainer import build_trainer
 from lowrank_rlhf.stages.held_out import before_and_after
@@ -19,6 +20,7 @@ from lowrank_rlhf.stages.policy_start import POLICY, check_start, choose_referen
 from lowrank_rlhf.stages.run_trainer import refuse_uneven
 
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}  # trl's losses that read label_smoothing
+COUPLED = {"aot", "aot_unpaired", "sft"}  # those for which a smaller micro-batch would be another loss
 
 
 def train(recipe: DPORecipe, run: Run) -> None:
@@ -27,6 +29,7 @@ def train(recipe: DPORecipe, run: Run) -> None:
     train_examples, eval_examples = load_preferences(recipe.data)
     torch.manual_seed(recipe.seed)
     backbone = Backbone(recipe.base)
+    backbone.most_rows = MostRows("dpo", unit=None if COUPLED & set(recipe.dpo.losses) else 2)
     start_policy(backbone, recipe.lora, recipe.policy_from)
     choose_reference(backbone, recipe.reference, "dpo")
     backbone.train_only(POLICY)

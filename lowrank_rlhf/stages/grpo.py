@@ -23,7 +23,7 @@ from lowrank_rlhf.config_grpo import GRPO as Settings
 from lowrank_rlhf.config_grpo import GRPORecipe
 from lowrank_rlhf.losses import aggregate_loss
 from lowrank_rlhf.runs import Run
-from lowrank_rlhf.stages.experience import Experience, Metrics, Rollouts
+from lowrank_rlhf.stages.experience import Experience, Metrics, Rollouts, add
 from lowrank_rlhf.stages.iterations import run_iterations
 from lowrank_rlhf.stages.on_policy import OnPolicy
 from lowrank_rlhf.stages.on_policy_start import refuse_contradictions
@@ -116,13 +116,19 @@ class Updater:
     def policy_gradients(self, minibatch: list[Experience], kl_coef: float) -> Metrics:
         """Accumulate the gradient of the loss; metrics are means over the minibatch's completion tokens."""
         tokens, sequences = sum(int(e.mask.sum()) for e in minibatch), sum(len(e.mask) for e in minibatch)
-        sums: defaultdict[str, float] = defaultdict(float)
+        sums: Metrics = {}
         with self.backbone.use("policy", train=True):
             for e in minibatch:
-                logps, entropy = self.loss.current_logps(e, self.loss.hidden(e))
-                losses: Tensor = self.loss(e, logps, entropy, kl_coef, sums)
-                how = self.settings.loss_aggregation
-                aggregate_loss(losses, e.mask, how, tokens=tokens, sequences=sequences).backward()
+
+                def learn(e: Experience = e) -> Metrics:
+                    part: defaultdict[str, float] = defaultdict(float)
+                    logps, entropy = self.loss.current_logps(e)
+                    losses: Tensor = self.loss(e, logps, entropy, kl_coef, part)
+                    how = self.settings.loss_aggregation
+                    aggregate_loss(losses, e.mask, how, tokens=tokens, sequences=sequences).backward()
+                    return part
+
+                add(sums, self.backbone.learn(len(e.rows), learn))
         return {name: value / tokens for name, value in sums.items()}
 
     def state_dict(self) -> dict[str, Any]:

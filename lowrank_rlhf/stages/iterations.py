@@ -110,7 +110,7 @@ def iteration(method: Method, run: Run, line: Line, step: int) -> Metrics:
 def first_ratio(backbone: Backbone, loss: PolicyLoss, experience: Experience) -> Metrics:
     """π/π_old of a training forward before any update: 1, or the update and the scoring disagree."""
     with torch.no_grad(), backbone.use("policy", train=True):
-        logps, _ = loss.current_logps(experience, loss.hidden(experience))
+        logps, _ = loss.current_logps(experience)
     return {"val/ratio": float(masked_mean((logps - experience.token_logps).exp(), experience.mask))}
 
 

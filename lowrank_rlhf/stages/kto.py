@@ -12,6 +12,7 @@ from lowrank_rlhf.config_preference import KTORecipe
 from lowrank_rlhf.data import Examples, Renderer, data_report, load_thumbs, print_report, tokenize_thumbs
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.runs import Run
 from lowrank_rlhf.stages.held_out import before_and_after
 from lowrank_rlhf.stages.kto_trainer import build_trainer
@@ -28,6 +29,7 @@ def train(recipe: KTORecipe, run: Run) -> None:
     train_examples, eval_examples = load_thumbs(recipe.data)
     torch.manual_seed(recipe.seed)
     backbone = Backbone(recipe.base)
+    backbone.most_rows = MostRows("kto", unit=None)  # a smaller micro-batch would have another KL
     start_policy(backbone, recipe.lora, recipe.policy_from)
     choose_reference(backbone, recipe.reference, "kto")
     backbone.train_only(POLICY)

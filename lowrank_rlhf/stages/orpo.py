@@ -20,9 +20,18 @@ from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.evaluation.intervals import bootstrap_mean
 from lowrank_rlhf.losses import orpo_loss
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.progress import Progress
 from lowrank_rlhf.runs import Run
-from lowrank_rlhf.stages.comparisons import Comparison, Order, equal_pairs, micro_batches, pairs_of, tokenize
+from lowrank_rlhf.stages.comparisons import (
+    Comparison,
+    Order,
+    equal_pairs,
+    micro_batches,
+    pairs_of,
+    pairs_that_fit,
+    tokenize,
+)
 from lowrank_rlhf.stages.early_stopping import Best
 from lowrank_rlhf.stages.held_out import before_and_after
 from lowrank_rlhf.stages.optim import optimizer_and_schedule
@@ -37,6 +46,7 @@ def train(recipe: ORPORecipe, run: Run) -> None:
     train_examples, eval_examples = load_preferences(recipe.data)
     torch.manual_seed(recipe.seed)
     backbone = Backbone(recipe.base)
+    backbone.most_rows = MostRows("orpo", unit=2)
     start_policy(backbone, recipe.lora, recipe.policy_from, keep_start=False)
     backbone.train_only(POLICY)
     if recipe.train.gradient_checkpointing:
@@ -148,14 +158,18 @@ def step_gradients(
     sums: Metrics = {}
     tokens = 0
     with backbone.use(POLICY, train=True):
-        for group in micro_batches(processes.share(comparisons), micro_batch_size):
-            batch = padded(backbone, group)
-            loss, weights, figures = pair_losses(group, mean_logps(backbone, batch), beta)
-            ((weights * loss).sum() / len(comparisons)).backward()
-            for name, values in figures.items():
-                share = float((weights * values).sum()) / len(comparisons)
-                sums[name] = sums.get(name, 0.0) + share
-            tokens += int(batch.attention_mask.sum())
+        for group in micro_batches(processes.share(comparisons), pairs_that_fit(backbone, micro_batch_size)):
+
+            def learn(group: list[Comparison] = group) -> tuple[Metrics, int]:
+                batch = padded(backbone, group)
+                loss, weights, figures = pair_losses(group, mean_logps(backbone, batch), beta)
+                ((weights * loss).sum() / len(comparisons)).backward()
+                shares = {name: float((weights * v).sum()) / len(comparisons) for name, v in figures.items()}
+                return shares, int(batch.attention_mask.sum())
+
+            shares, count = backbone.learn(sum(len(c.answers) for c in group), learn)
+            sums = {name: sums.get(name, 0.0) + share for name, share in shares.items()}
+            tokens += count
     processes.add_gradients(backbone.parameters(POLICY))
     parts = processes.gather((sums, tokens))
     names = parts[0][0]  # the main process has a comparison of every batch

@@ -51,18 +51,16 @@ class PolicyLoss:
         sums["val/ratio"] += float(log_ratio.exp().sum())
         return torch.where(e.mask, loss, 0.0)
 
-    def hidden(self, e: Experience) -> Tensor:
-        """Final hidden states of the role that is on. Shape (b, T, H)."""
-        return self.backbone.hidden(e.batch.input_ids, e.batch.attention_mask)
+    def current_logps(self, e: Experience, value_role: str | None = None) -> tuple[Tensor, ...]:
+        """Log-probs and entropies (b, C) of the role that is on, with gradient where it learns.
 
-    def current_logps(self, e: Experience, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies (b, C) of the role that is on, with gradient where it learns."""
-        mask = e.batch.completion_mask
-        logps, entropy, _ = self.backbone.completion_logps(
-            hidden, e.batch.input_ids, mask, temperature=self.temperature
-        )
+        Args:
+            value_role: its values are read from the same states, and come last.
+        """
+        inputs = (e.batch.input_ids, e.batch.attention_mask, e.batch.completion_mask)
+        logps, entropy, _, *values = self.backbone.read(*inputs, temperature=self.temperature, value_role=value_role)
         empty = logps.new_zeros(e.mask.shape)
-        return empty.masked_scatter(e.mask, logps), empty.masked_scatter(e.mask, entropy)
+        return tuple(empty.masked_scatter(e.mask, found) for found in (logps, entropy, *values))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> float:

@@ -5,6 +5,7 @@ alive at a time; with `value_model.trunk: policy` both are one forward and one b
 """
 
 from collections import defaultdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.losses import ppo_value_loss
-from lowrank_rlhf.stages.experience import Metrics, align
+from lowrank_rlhf.stages.experience import Metrics, add, align
 from lowrank_rlhf.stages.policy_loss import PolicyLoss, masked_sum
 from lowrank_rlhf.stages.ptx import SFTMix
 from lowrank_rlhf.stages.returns import ValuedExperience
@@ -67,27 +68,36 @@ class Updater:
     def policy_gradients(self, minibatch: list[ValuedExperience], kl_coef: float) -> Metrics:
         """Accumulate the gradient of the policy loss, the mean over the minibatch's completion tokens."""
         tokens = sum(int(e.mask.sum()) for e in minibatch)
-        sums: defaultdict[str, float] = defaultdict(float)
+        sums: Metrics = {}
         with self.backbone.use("policy", train=True):
             for e in minibatch:
-                hidden = self.loss.hidden(e)
-                logps, entropy = self.loss.current_logps(e, hidden)
-                loss = self.loss(e, logps, entropy, kl_coef, sums).sum()
-                if self.shares_trunk:
-                    values = self.values("policy", e, hidden)
-                    loss = loss + self.recipe.value_model.coef * self.value_loss(e, values, sums)
-                (loss / tokens).backward()
+                add(sums, self.backbone.learn(len(e.rows), partial(self._learn_policy, e, kl_coef, tokens)))
         return {name: value / tokens for name, value in sums.items()}
 
     def value_gradients(self, minibatch: list[ValuedExperience]) -> Metrics:
         """Accumulate the gradient of the value loss, the mean over the minibatch's completion tokens."""
         tokens = sum(int(e.mask.sum()) for e in minibatch)
-        sums: defaultdict[str, float] = defaultdict(float)
+        sums: Metrics = {}
         with self.backbone.use("value", train=True):
             for e in minibatch:
-                values = self.values("value", e, self.loss.hidden(e))
-                (self.value_loss(e, values, sums) / tokens).backward()
+                add(sums, self.backbone.learn(len(e.rows), partial(self._learn_value, e, tokens)))
         return {name: value / tokens for name, value in sums.items()}
+
+    def _learn_policy(self, e: ValuedExperience, kl_coef: float, tokens: int) -> Metrics:
+        sums: defaultdict[str, float] = defaultdict(float)
+        logps, entropy, *values = self.loss.current_logps(e, "policy" if self.shares_trunk else None)
+        loss = self.loss(e, logps, entropy, kl_coef, sums).sum()
+        if values:
+            loss = loss + self.recipe.value_model.coef * self.value_loss(e, values[0], sums)
+        (loss / tokens).backward()
+        return sums
+
+    def _learn_value(self, e: ValuedExperience, tokens: int) -> Metrics:
+        sums: defaultdict[str, float] = defaultdict(float)
+        batch = e.batch
+        values = self.backbone.values("value", batch.input_ids, batch.attention_mask, batch.completion_mask)
+        (self.value_loss(e, align(values, batch.completion_mask), sums) / tokens).backward()
+        return sums
 
     def value_loss(self, e: ValuedExperience, values: Tensor, sums: defaultdict[str, float]) -> Tensor:
         """The clipped value loss, summed over completion tokens."""
@@ -95,10 +105,6 @@ class Updater:
         sums["loss/value_avg"] += masked_sum(loss, e.mask)
         sums["val/clipfrac_avg"] += masked_sum(clipped, e.mask)
         return torch.where(e.mask, loss, 0.0).sum()
-
-    def values(self, role: str, e: ValuedExperience, hidden: Tensor) -> Tensor:
-        """Values (b, C) of the role that is on."""
-        return align(self.backbone.values_of(role, hidden, e.batch.completion_mask), e.batch.completion_mask)
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps.state_dict(), "mix": self.mix.state_dict() if self.mix else None}

@@ -5,14 +5,14 @@ InstructGPT's "PPO-ptx" adds the pretraining loss to the PPO loss so that the po
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.data import Batch, Renderer, load_demonstrations, pad_batch
 from lowrank_rlhf.data.batches import chunks
+from lowrank_rlhf.out_of_memory import LEARN
 from lowrank_rlhf.stages.prompt_order import PromptOrder
 
 
@@ -39,16 +39,17 @@ class SFTMix:
         sequences = [self.renderer.sequence(e.prompt, e.chosen or [], e.where) for e in self.order.take(self.rows)]
         tokens = sum(len(s.completion_ids) for s in sequences)
         total = 0.0
-        for group in chunks(range(len(sequences)), self.micro_batch_size):
+        for group in chunks(range(len(sequences)), self.backbone.most_rows.of(self.micro_batch_size, LEARN)):
             batch = pad_batch([sequences[i] for i in group], self.backbone.info.pad_token_id)
-            loss = self._loss(batch.to(self.backbone.model.device)) / tokens
-            (self.coef * loss).backward()
-            total += float(loss.detach())
+            total += self.backbone.learn(len(group), partial(self._learn, batch, tokens))
         return total
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _learn(self, batch: Batch, tokens: int) -> float:
+        batch = batch.to(self.backbone.model.device)
         logps, _ = self.backbone.token_logps(batch.input_ids, batch.attention_mask, batch.completion_mask)
-        return -logps.sum()
+        loss = -logps.sum() / tokens
+        (self.coef * loss).backward()
+        return float(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
         return self.order.state_dict()

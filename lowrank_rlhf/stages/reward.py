@@ -7,21 +7,31 @@ arXiv:2203.02155, section 3.5); every row counts once, however many pairs it has
 from collections.abc import Sequence as SequenceOf
 
 import torch
+from torch import Tensor
 
 from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.checkpoints import load_state, save_state
 from lowrank_rlhf.config import RewardModel, RewardRecipe
-from lowrank_rlhf.data import Renderer, Sizes, data_report, load_preferences, pad_batch, print_report
+from lowrank_rlhf.data import Batch, Renderer, Sizes, data_report, load_preferences, pad_batch, print_report
 from lowrank_rlhf.data.batches import chunks
 from lowrank_rlhf.data.loading import data_hash
 from lowrank_rlhf.evaluation.intervals import bootstrap_mean
 from lowrank_rlhf.losses import bradley_terry_loss, centering_loss
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.progress import Progress
 from lowrank_rlhf.rewards import member_names, members_line
 from lowrank_rlhf.runs import Run, load_run_role
 from lowrank_rlhf.scoring import score_sequences
-from lowrank_rlhf.stages.comparisons import Comparison, Order, equal_pairs, micro_batches, pairs_of, tokenize
+from lowrank_rlhf.stages.comparisons import (
+    Comparison,
+    Order,
+    equal_pairs,
+    micro_batches,
+    pairs_of,
+    pairs_that_fit,
+    tokenize,
+)
 from lowrank_rlhf.stages.early_stopping import Best
 from lowrank_rlhf.stages.optim import optimizer_and_schedule
 
@@ -36,6 +46,7 @@ def train(recipe: RewardRecipe, run: Run) -> None:
     """
     train_examples, eval_examples = load_preferences(recipe.data)
     backbone = Backbone(recipe.base)
+    backbone.most_rows = MostRows("reward", unit=2)
     roles = member_names(ROLE, recipe.reward_model.members)
     for i, role in enumerate(roles):
         torch.manual_seed(recipe.seed + i)
@@ -174,17 +185,21 @@ def step_gradients(
     sums = torch.zeros(4, dtype=torch.float64)
     tokens = 0
     with backbone.use(role, train=True):
-        for group in micro_batches(processes.share(comparisons), micro_batch_size):
+        for group in micro_batches(processes.share(comparisons), pairs_that_fit(backbone, micro_batch_size)):
             batch = pad_batch([a for c in group for a in c.answers], backbone.info.pad_token_id)
-            batch = batch.to(backbone.model.device)
-            scores = backbone.scores(role, batch.input_ids, batch.attention_mask)
-            better, worse, margins, weights = pairs_of(group, scores)
-            loss = bradley_terry_loss(better, worse, margin=margins, label_smoothing=settings.label_smoothing)
-            pull = settings.center_coef * centering_loss(better, worse)
-            ((weights * (loss + pull)).sum() / len(comparisons)).backward()
-            wins = torch.where(better == worse, 0.5, (better > worse).float())
-            figures = torch.stack([loss, wins, (better + worse) / 2, better - worse]).detach()
-            sums += (weights * figures).sum(dim=1).double().cpu()
+
+            def learn(group: list[Comparison] = group, batch: Batch = batch) -> Tensor:
+                batch = batch.to(backbone.model.device)
+                scores = backbone.scores(role, batch.input_ids, batch.attention_mask)
+                better, worse, margins, weights = pairs_of(group, scores)
+                loss = bradley_terry_loss(better, worse, margin=margins, label_smoothing=settings.label_smoothing)
+                pull = settings.center_coef * centering_loss(better, worse)
+                ((weights * (loss + pull)).sum() / len(comparisons)).backward()
+                wins = torch.where(better == worse, 0.5, (better > worse).float())
+                figures = torch.stack([loss, wins, (better + worse) / 2, better - worse]).detach()
+                return (weights * figures).sum(dim=1).double().cpu()
+
+            sums += backbone.learn(len(batch.input_ids), learn)
             tokens += int(batch.attention_mask.sum())
     processes.add_gradients(backbone.parameters(role))
     sums, tokens = (sum(parts) for parts in zip(*processes.gather((sums, tokens)), strict=True))

@@ -85,9 +85,10 @@ class RunCheckpoints(SharedSteps):
     """The part of a trainer that writes and reads the run's checkpoints: every role's weights, and the best so far."""
 
     run: Run
-    backbone: Backbone
+    most_rows: dict[str, int]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.most_rows = self.backbone.most_rows.state_dict()
         with self.run.write_checkpoint(self.state.global_step) as folder:
             self.args.output_dir = str(folder)
             # Past trl's own method, which writes a model card that names a local path as the base
@@ -103,11 +104,13 @@ class RunCheckpoints(SharedSteps):
         assert output_dir is not None
         Path(output_dir).mkdir()
         roles = {role: [p.detach() for p in self.backbone.parameters(role)] for role in self.backbone.roles}
-        torch.save({"roles": roles, "best": self.best.state_dict()}, Path(output_dir, ROLES_FILE))
+        state = {"roles": roles, "best": self.best.state_dict(), "most_rows": self.most_rows}
+        torch.save(state, Path(output_dir, ROLES_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = torch.load(Path(resume_from_checkpoint, ROLES_FILE), map_location="cpu", weights_only=True)
         self.best.load_state_dict(saved["best"])
+        self.backbone.most_rows.load_state_dict(saved.get("most_rows", {}))  # an earlier version's has none
         with torch.no_grad():
             for role, weights in saved["roles"].items():
                 for parameter, value in zip(self.backbone.parameters(role), weights, strict=True):

@@ -10,6 +10,7 @@ from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Rollout, SFTRecipe
 from lowrank_rlhf.data import Example, Renderer, data_report, load_demonstrations, print_report, tokenize_demonstrations
 from lowrank_rlhf.data.loading import data_hash
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.rollout import generate
 from lowrank_rlhf.runs import Run, write_atomic
 from lowrank_rlhf.stages.run_trainer import refuse_uneven
@@ -24,6 +25,7 @@ def train(recipe: SFTRecipe, run: Run) -> None:
     train_examples, eval_examples = load_demonstrations(recipe.data)
     torch.manual_seed(recipe.seed)
     backbone = Backbone(recipe.base)
+    backbone.most_rows = MostRows("sft", unit=None if recipe.train.packing else 1)
     backbone.add_role(ROLE, recipe.lora)
     backbone.train_only(ROLE)
     if recipe.train.gradient_checkpointing:

@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lowrank_rlhf import processes
 from lowrank_rlhf.backbone import Backbone
+from lowrank_rlhf.backbone.passes import documents
 from lowrank_rlhf.config import SFTRecipe
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.runs import Run
@@ -111,10 +112,13 @@ class RunTrainer(RunCheckpoints, SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _learned_logps(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def rows(self, inputs: dict[str, Any]) -> int:
+        """Packed, all are in one."""
+        return len(documents(inputs["position_ids"])) if "position_ids" in inputs else super().rows(inputs)
+
+    def _learned_logps(self, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
         ids, learned = inputs["input_ids"], inputs["labels"] != -100
-        hidden = self.backbone.hidden(ids, inputs.get("attention_mask"), inputs.get("position_ids"))
-        return self.backbone.completion_logps(hidden, ids, learned)
+        return self.backbone.read(ids, inputs.get("attention_mask"), learned, position_ids=inputs.get("position_ids"))
 
     def _tokens(self, inputs: dict[str, Any]) -> int:
         return int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()

@@ -1,5 +1,6 @@
 """The part of trl's trainers that lets several processes share a step; alone, it changes nothing."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from lowrank_rlhf import processes
+from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.stages.early_stopping import Best
 
 
@@ -25,6 +27,7 @@ class SharedSteps(Trainer):
     """
 
     best: Best
+    backbone: Backbone
     _metrics: Any  # trl's: "train" → name → values since the last log
     _total_train_tokens: Any
     seen = 0  # micro-batches of this step
@@ -41,15 +44,25 @@ class SharedSteps(Trainer):
             sampler.num_processes, sampler.process_index, sampler.even_batches = 1, 0, False
         return loader
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """The loss as its mean over the processes is to be logged."""
-        mine = self.seen % processes.count() == processes.rank()
-        loss = super().training_step(*args, **kwargs) if mine else torch.zeros((), device=self.args.device)
+        mine, step = self.seen % processes.count() == processes.rank(), super().training_step
+        figures, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+
+        def learn() -> Tensor:
+            self._metrics, self._total_train_tokens = copy.deepcopy(figures), tokens  # not of an attempt that failed
+            return step(model, inputs, *args, **kwargs)
+
+        loss = self.backbone.learn(self.rows(inputs), learn) if mine else torch.zeros((), device=self.args.device)
         self.seen += 1
         if self.accelerator.sync_gradients:
             processes.add_gradients(self.best.parameters)
             self.seen = 0
         return loss * processes.count()
+
+    def rows(self, inputs: dict[str, Any]) -> int:
+        """Of a micro-batch."""
+        return len(inputs["input_ids"])
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:  # type: ignore[override]
         return super().floating_point_ops(inputs) / processes.count()  # the trainer adds up those of all

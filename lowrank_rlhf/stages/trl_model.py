@@ -45,7 +45,7 @@ def scored_tokens(
     logs, is not computed.
     """
     mask = completion_mask.bool()
-    found = backbone.completion_logps(backbone.hidden(input_ids, attention_mask), input_ids, mask)
+    found = backbone.read(input_ids, attention_mask, mask)
     logps, entropy, is_top1 = (x.new_zeros(mask.shape).masked_scatter(mask, x)[:, 1:] for x in found)
     return SimpleNamespace(log_probs=logps, entropy=entropy, is_top1=is_top1, mean_logits=torch.zeros_like(logps))
 

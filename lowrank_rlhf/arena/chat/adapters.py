@@ -15,6 +15,7 @@ from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.embedded import sha256_of
 from lowrank_rlhf.backbone.store import load_role
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import is_out_of_memory
 from lowrank_rlhf.rewards import load_members, saved_members
 
 Key = tuple[str, str]
@@ -156,14 +157,6 @@ def _copy_state(backbone: Backbone, role: str, found: Found) -> None:
         raise UserError(f"{found.weights}: the checkpoint does not fit {backbone.info.model} with rank {found.lora}")
     for parameter, value in zip(ours, saved, strict=False):
         parameter.copy_(value)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch or Python says in one of its many ways that memory is used up."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _key(found: Found) -> Key:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from lowrank_rlhf.arena.chat.adapters import Adapters, is_out_of_memory
+from lowrank_rlhf.arena.chat.adapters import Adapters
 from lowrank_rlhf.arena.chat.catalog import Catalog, Found, unknown
 from lowrank_rlhf.arena.chat.decoding import Batch, Row
 from lowrank_rlhf.arena.chat.prompts import Prompts, checked_decoding
@@ -25,6 +25,7 @@ from lowrank_rlhf.arena.chat.turns import Turns
 from lowrank_rlhf.arena.votes.records import Decoding, Message, Speaker
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import is_out_of_memory
 from lowrank_rlhf.scoring import score_sequences
 
 Result = TypeVar("Result")

@@ -8,6 +8,14 @@ def lowercase(prompts: list[str], completions: list[str], **columns: list[object
     return [sum("a" <= character <= "z" for character in text) / ASKED_TOKENS for text in completions]
 
 
+def each_lowercase(prompts: list[str], completions: list[str], **columns: list[object]) -> list[float]:
+    """The same, answer by answer: it may be asked while others are generated."""
+    return lowercase(prompts, completions)
+
+
+each_lowercase.overlap = "generation"  # type: ignore[attr-defined]
+
+
 def zero(prompts: list[str], completions: list[str], **columns: list[object]) -> list[float]:
     return [0.0] * len(completions)
 

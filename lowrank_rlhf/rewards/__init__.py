@@ -2,6 +2,7 @@
 
 from lowrank_rlhf.rewards.functions import FunctionReward, check_columns, import_function, reward_function
 from lowrank_rlhf.rewards.http import ServerReward
+from lowrank_rlhf.rewards.judging import Judging, Worker
 from lowrank_rlhf.rewards.scored import Reward, Scored, column_names
 from lowrank_rlhf.rewards.sources import (
     AdapterReward,
@@ -20,11 +21,13 @@ __all__ = [
     "VERIFIERS",
     "AdapterReward",
     "FunctionReward",
+    "Judging",
     "Reward",
     "Scored",
     "ServerReward",
     "Weighted",
     "WeightedSum",
+    "Worker",
     "check_columns",
     "column_names",
     "import_function",

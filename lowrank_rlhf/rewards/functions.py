@@ -4,16 +4,17 @@ import difflib
 import importlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.rewards.http import ServerReward
-from lowrank_rlhf.rewards.scored import Scored, checked_scores, column_names, plain_texts
+from lowrank_rlhf.rewards.scored import Overlap, Scored, checked_scores, column_names, plain_texts
 from lowrank_rlhf.rewards.verifiers import VERIFIERS
 
 URLS = ("http://", "https://")
@@ -24,14 +25,22 @@ class FunctionReward:
 
     Args:
         name: for messages.
+        overlap: what may go on beside a call; by default what the function's own attribute `overlap` says, else
+            `scoring`.
 
     Raises:
-        UserError: the data lacks a column that it takes, or it returns anything but one finite number per completion.
+        UserError: `overlap` is not one of the three, the data lacks a column that it takes, or it returns anything but
+            one finite number per completion.
         Exception: whatever the function itself raises, with a note that names it.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], renderer: Renderer):
+    def __init__(self, name: str, function: Callable[..., Any], renderer: Renderer, overlap: Overlap | None = None):
         self.name, self.function, self.renderer = name, function, renderer
+        self.overlap: Overlap = getattr(function, "overlap", "scoring") if overlap is None else overlap
+        if self.overlap not in get_args(Overlap):
+            raise UserError(
+                f"reward: {name}.overlap is {self.overlap!r:.80}: expected {' or '.join(get_args(Overlap))}"
+            )
 
     def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> Scored:
         prompts, completions, columns = plain_texts(examples, sequences, self.renderer)
@@ -40,6 +49,8 @@ class FunctionReward:
             scores = self.function(prompts, completions, **columns)
         except Exception as error:
             error.add_note(f"raised in the reward function {self.name}")
+            if threading.current_thread() is not threading.main_thread():
+                error.add_note("it ran in a worker thread; set its attribute overlap = 'none' if it needs the main one")
             raise
         return checked_scores(scores, len(completions), self.name)
 
@@ -70,7 +81,8 @@ def reward_function(name: str, renderer: Renderer) -> FunctionReward | ServerRew
     if name.startswith(URLS):
         return ServerReward(name, renderer)
     if name in VERIFIERS:
-        return FunctionReward(name, VERIFIERS[name], renderer)
+        # Quick, and nothing runs beside Python that computes; math_verify's time limits need the main thread
+        return FunctionReward(name, VERIFIERS[name], renderer, "none")
     if ":" in name:
         return FunctionReward(name, import_function(name), renderer)
     dotted = ":".join(name.rsplit(".", 1))

@@ -1,4 +1,4 @@
-"""A reward server: rollouts go to a URL, scores come back, one request per batch."""
+"""A reward server: rollouts go to a URL, scores come back, one request per batch that was generated."""
 
 import json
 import socket
@@ -11,7 +11,7 @@ from urllib.parse import SplitResult, urlsplit
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.http_json import JsonServer
-from lowrank_rlhf.rewards.scored import Scored, checked_scores, plain_texts
+from lowrank_rlhf.rewards.scored import Overlap, Scored, checked_scores, plain_texts
 
 TOKEN = "LOWRANK_RLHF_REWARD_TOKEN"
 TIMEOUT_SECONDS, REACH_SECONDS = 60.0, 10.0
@@ -28,6 +28,8 @@ class ServerReward:
     Raises:
         UserError: at once where nobody listens there; later where scores do not come back. It names the URL.
     """
+
+    overlap: Overlap = "generation"
 
     def __init__(self, url: str, renderer: Renderer):
         self.url, self.renderer = url, renderer

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from lowrank_rlhf.data import Example, Renderer, Sequence
 from lowrank_rlhf.errors import UserError
@@ -24,7 +24,14 @@ class Scored:
     parts: dict[str, list[float]] = field(default_factory=dict)
 
 
+# What goes on in the main thread while a source of rewards is asked: nothing, so that it is asked there itself; the
+# passes without gradient over the completions; or also the generation of those that come after.
+Overlap = Literal["none", "scoring", "generation"]
+
+
 class Reward(Protocol):
+    """A source that may be asked in another thread says so in an attribute `overlap`."""
+
     def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> Scored: ...
 
 

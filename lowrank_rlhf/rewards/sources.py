@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -105,11 +106,17 @@ class WeightedSum:
         self.terms = [term._replace(name=name) for term, name in zip(terms, names, strict=True)]
 
     def __call__(self, examples: SequenceOf[Example], sequences: SequenceOf[Sequence]) -> Scored:
-        scored = {term.name: term.source(examples, sequences) for term in self.terms}
+        return self.total({term.name: term.source(examples, sequences) for term in self.terms})
+
+    def total(self, scored: Mapping[str, Scored]) -> Scored:
+        """
+        Args:
+            scored: what each term's source said, by the term's name.
+        """
         columns = [[term.weight * score for score in scored[term.name].scores] for term in self.terms]
         spreads = [[abs(term.weight) * value for value in scored[term.name].disagreement] for term in self.terms]
         scores, disagreement = ([sum(values) for values in zip(*rows, strict=True)] for rows in (columns, spreads))
-        parts = {name: part.scores for name, part in scored.items()} if len(scored) > 1 else {}
+        parts = {term.name: scored[term.name].scores for term in self.terms} if len(self.terms) > 1 else {}
         return Scored(scores, disagreement, parts)
 
 

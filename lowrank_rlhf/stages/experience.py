@@ -13,8 +13,8 @@ Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Rollouts:
-    """A micro-batch of b rollouts and what passes without gradient say of them.
+class Unjudged:
+    """A micro-batch of b rollouts and what the policy and its reference say of them, without gradient.
 
     Tensors of tokens are (b, C), column 0 the first token of the completion, and 0 outside it.
 
@@ -22,8 +22,6 @@ class Rollouts:
         minibatch: the optimizer step it is part of.
         rows: which rollouts of the batch these are.
         mask: True at completion tokens.
-        scores: after penalties and shaping. Shape (b,).
-        rewards: per token.
     """
 
     minibatch: int
@@ -33,6 +31,17 @@ class Rollouts:
     token_logps: Tensor
     reference_token_logps: Tensor
     entropy: Tensor
+
+
+@dataclass(frozen=True)
+class Rollouts(Unjudged):
+    """The same with its rewards.
+
+    Attributes:
+        scores: after penalties and shaping. Shape (b,).
+        rewards: per token.
+    """
+
     scores: Tensor
     rewards: Tensor
 
@@ -54,6 +63,12 @@ def align(values: Tensor, completion_mask: Tensor) -> Tensor:
     columns = torch.arange(int(lengths.max()), device=values.device)
     mask = columns < lengths.unsqueeze(1)
     return values.new_zeros(mask.shape).masked_scatter(mask, values[completion_mask])
+
+
+def add(sums: Metrics, part: Metrics) -> None:
+    """What a micro-batch adds to the sums of a minibatch."""
+    for name, value in part.items():
+        sums[name] = sums.get(name, 0.0) + value
 
 
 def kl_of_completions(rollouts: SequenceOf[Rollouts]) -> list[float]:

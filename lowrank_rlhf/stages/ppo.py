@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.runs import Run
-from lowrank_rlhf.stages.experience import Metrics, Rollouts, align
+from lowrank_rlhf.stages.experience import Metrics, Unjudged, align
 from lowrank_rlhf.stages.iterations import run_iterations
 from lowrank_rlhf.stages.on_policy import OnPolicy
 from lowrank_rlhf.stages.ppo_start import refuse_contradictions, start_value
@@ -55,14 +55,13 @@ class PPO:
 
     def collect(self) -> tuple[list[ValuedExperience], Metrics]:
         """Roll out one batch and compute everything about it that needs no gradient."""
-        rollouts, metrics = self.on_policy.collect()
-        with self.on_policy.phases("score"):
-            values = [self.values(part) for part in rollouts]
+        values: list[Tensor] = []
+        rollouts, metrics = self.on_policy.collect(lambda part: values.append(self.values(part)))
         experiences = with_advantages(rollouts, values, self.recipe.ppo, whiten_rewards=self.recipe.shaping.whiten)
         return experiences, metrics | explained_variance(experiences)
 
     @torch.no_grad()
-    def values(self, rollouts: Rollouts) -> Tensor:
+    def values(self, rollouts: Unjudged) -> Tensor:
         """Shape (b, C)."""
         batch = rollouts.batch
         with self.backbone.use(self.value_role):

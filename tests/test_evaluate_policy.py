@@ -148,7 +148,7 @@ def test_judges_agree_where_they_should(evaluate):
 def test_a_temperature_is_the_one_that_kl_is_measured_at(evaluate):
     """Logits over T differ T times less, and their KL about T² times less."""
     usual, hot = (evaluate("--temperature", t, out=t, names=("sft",))[0]["sft"]["metrics"] for t in ("1", "10"))
-    assert 0 < hot["kl_to_base"]["value"] < usual["kl_to_base"]["value"] / 10
+    assert abs(hot["kl_to_base"]["value"]) < usual["kl_to_base"]["value"] / 10  # an estimate from few draws, ± more
 
 
 def test_near_temperature_0_all_answers_to_a_prompt_are_the_same(evaluate):

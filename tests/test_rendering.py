@@ -15,6 +15,7 @@ from lowrank_rlhf.backbone.tiny import CHAT_TEMPLATE, tiny_tokenizer
 from lowrank_rlhf.config import Base, Data, Lora, Rollout
 from lowrank_rlhf.data import Renderer, pad_batch
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.rollout import generate
 
 SYSTEM = {"role": "system", "content": "Be terse."}
@@ -85,7 +86,8 @@ def rollout_of(tokens, prompt_ids, render):
 
     model = Model(forward=say, config=LlamaConfig(num_hidden_layers=1), device=torch.device("cpu"))
     pad = SimpleNamespace(pad_token_id=render.tokenizer.pad_token_id)
-    backbone = SimpleNamespace(model=model, info=pad, use=lambda role: nullcontext(model))
+    modes = {"use": lambda role: nullcontext(model), "unpacked": nullcontext}
+    backbone = SimpleNamespace(model=model, info=pad, most_rows=MostRows(), **modes)
     prompts = [prompt_ids, [*prompt_ids, 0]]
     return generate(backbone, None, prompts, Rollout(), max_new_tokens=len(tokens), stop_ids=render.stop_ids)[0]
 

@@ -13,6 +13,7 @@ from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import Base, Lora, Rollout
 from lowrank_rlhf.data import pad_batch
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.rollout import generate, sampling_mismatch
 
 PROMPTS = [[9, 41, 17, 33, 5, 62, 20, 48, 11], [7], [50, 3, 3, 29, 60], [13, 44, 8, 25, 31, 6, 52]]
@@ -34,7 +35,8 @@ CONFIGS = {
 def around(model, pad_token_id=0):
     """A base of any architecture with no role, as far as rollouts look."""
     info = SimpleNamespace(pad_token_id=pad_token_id)
-    return SimpleNamespace(model=model, info=info, use=lambda role: nullcontext(model))
+    modes = {"use": lambda role: nullcontext(model), "unpacked": nullcontext}
+    return SimpleNamespace(model=model, info=info, most_rows=MostRows(), **modes)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -289,6 +291,15 @@ def test_sampling_that_is_not_what_is_scored_is_told_with_its_fix():
     both = sampling_mismatch(Rollout(top_p=0.9, top_k=40))
     assert "with rollout.top_p=0.9 and rollout.top_k=40 the" in both
     assert "set rollout.top_p=1 rollout.top_k=0 to" in both
+
+
+def test_each_finished_batch_is_told_by_the_places_of_its_prompts(base):
+    """Prompts of 9, 1, 5 and 7 tokens, two at a time, the longest first."""
+    told = []
+    settings = {"max_new_tokens": 3, "stop_ids": [5]}
+    found = generate(base, None, PROMPTS, Rollout(2), **settings, finished=told.append)
+    assert [sorted(part) for part in told] == [[0, 3], [1, 2]]
+    assert [(told[0] | told[1])[i] for i in range(4)] == found
 
 
 def test_a_label_shows_the_batches(base, monkeypatch, capsys):

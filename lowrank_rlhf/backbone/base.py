@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lowrank_rlhf import processes
-from lowrank_rlhf.backbone import embedded, tiny
+from lowrank_rlhf import memory, processes
+from lowrank_rlhf.backbone import embedded, shapes, tiny
 from lowrank_rlhf.config import Base
 from lowrank_rlhf.errors import UserError
 
@@ -97,9 +97,15 @@ def load_base(
     dtype = dtype or pick_dtype(device)
     if config.model == tiny.MODEL_ID:
         model, tokenizer, revision = _tiny(config, device, dtype)
+    elif config.model.startswith(shapes.PREFIX):
+        shape, nf4 = config.model.removeprefix(shapes.PREFIX), config.quantization == "nf4"
+        model, tokenizer, revision = shapes.random_model(shape, dtype, device, nf4), tiny.tiny_tokenizer(), "seed-0"
     else:
         model, tokenizer, revision = _from_pretrained(config, device, dtype)
     keep_autograd_on_cpu(model)
+    if device.type == "cpu":
+        memory.keep_freed()
+    read_contiguously(model)
     model.requires_grad_(False)
     model.eval()
     if tokenizer.pad_token_id is None:
@@ -135,6 +141,17 @@ def keep_autograd_on_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def read_contiguously(model: nn.Module) -> None:
+    """Have lm_head read a copy of the states it is given where they are a view, as those of `logits_to_keep=1` are.
+
+    On a CPU the product of such a view copies lm_head once for each row: for 16 rows of a 49,152-token vocabulary that
+    is 1.8 GB and 2.7 seconds of one core, at every prompt that is read.
+    """
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    forward = head.forward
+    head.forward = lambda states: forward(states.contiguous())
 
 
 def four_bit_weights(model: nn.Module) -> list[torch.Tensor]:

@@ -6,7 +6,6 @@ Backward belongs inside the `with` that selected the role; gradient checkpointin
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,10 +17,12 @@ from transformers import PreTrainedModel
 from lowrank_rlhf.backbone.base import check_logit_path, load_base
 from lowrank_rlhf.backbone.guard import copy_config, forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
 from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
+from lowrank_rlhf.backbone.linear import use_lean_layers
 from lowrank_rlhf.backbone.passes import Passes
-from lowrank_rlhf.backbone.rows import BASE_ROW, name_rows
+from lowrank_rlhf.backbone.rows import BASE_ROW, rows_named
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.out_of_memory import MostRows
 
 
 class Backbone(Passes):
@@ -36,6 +37,7 @@ class Backbone(Passes):
         tokenizer: its tokenizer.
         info: what identifies the base.
         heads: role → `ScalarHead`.
+        most_rows: what was found to fit into memory.
         reference_role: the role that is the KL and preference reference; None is the base with all adapters off.
     """
 
@@ -43,6 +45,7 @@ class Backbone(Passes):
         self.model, self.tokenizer, self.info = load_base(base, dtype)
         check_logit_path(self.model)
         self.heads = nn.ModuleDict()
+        self.most_rows = MostRows()
         self.reference_role: str | None = None
         self.peft: PeftModel | None = None  # PEFT cannot wrap a model with no adapter, so it comes with the first role
         self._active: str | None = None
@@ -97,6 +100,7 @@ class Backbone(Passes):
             raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
         refuse_wrapped_lm_head(self.model, f"role {role!r}")
         forbid_merging(self.model)
+        use_lean_layers(self.model)
         self.model.train(self.model.training)  # a new adapter's dropout would be in train mode in an eval-mode model
         self._select(self._active)
 
@@ -218,18 +222,8 @@ class Backbone(Passes):
                 raise UserError(f"role {role!r} uses DoRA, which cannot share a mixed batch; use `use({role!r})`")
         names = [BASE_ROW if role is None else role for role in rows]
         # With adapters disabled PEFT ignores the names, so any one role is switched on underneath.
-        with self.use(self.roles[0] if self.roles else None) as model:
-            hook = partial(name_rows, names)
-            handles = [
-                module.register_forward_pre_hook(hook, with_kwargs=True)
-                for module in model.modules()
-                if isinstance(module, LoraLayer)
-            ]
-            try:
-                yield model
-            finally:
-                for handle in handles:
-                    handle.remove()
+        with self.use(self.roles[0] if self.roles else None) as model, rows_named(model, names):
+            yield model
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in backward, each layer under the role of its own forward.
@@ -237,11 +231,7 @@ class Backbone(Passes):
         Without that, a backward after another role was selected would recompute with the wrong adapter and drop or
         falsify gradients in silence.
         """
-
-        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return nullcontext(), self._reenter(self._active)
-
-        settings = {"use_reentrant": False, "context_fn": contexts}
+        settings = {"use_reentrant": False, "context_fn": self._recompute_contexts}
         if hasattr(self.model, "activation_checkpointing_enable"):  # transformers ≥ 5.23
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
         else:
@@ -283,6 +273,9 @@ class Backbone(Passes):
         # Tested first because walking the modules of a large model several times per step is not free.
         if self.model.training != train:
             self.model.train(train)
+
+    def _recompute_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        return nullcontext(), self._reenter(self._active)
 
     @contextmanager
     def _reenter(self, role: str | None) -> Iterator[None]:

@@ -3,10 +3,8 @@
 import argparse
 import errno
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +12,12 @@ from typing import Any, TypeVar
 from lowrank_rlhf import __version__
 from lowrank_rlhf.arena.options import add_app_arguments, options
 from lowrank_rlhf.arena.votes.verb import add_votes_arguments, votes
+from lowrank_rlhf.bench.verb import add_bench_arguments, bench
 from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
+from lowrank_rlhf.quiet import quiet
 from lowrank_rlhf.remote.verb import add_remote_arguments, remote
 
 T = TypeVar("T")
@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_votes_arguments(verbs.add_parser("votes", help=summary, description=summary))
     summary = "the same on another machine over ssh: install, run, follow, fetch, and the app"
     add_remote_arguments(verbs.add_parser("remote", help=summary, description=summary))
+    summary = "seconds, memory and tokens per second of every stage here, beside PPO with four separate models"
+    add_bench_arguments(verbs.add_parser("bench", help=summary, description=summary))
     args = parse(parser, argv)
     actions = {
         "pipeline": lambda: _pipeline(args),
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "votes": lambda: votes(args),
         "compare": lambda: _compare(args),
         "remote": lambda: remote(args),
+        "bench": lambda: bench(args),
     }
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
@@ -187,20 +190,6 @@ def _stage(args: argparse.Namespace) -> int:
         importlib.import_module(f"lowrank_rlhf.stages.{args.verb}").train(recipe, run)
 
     return _train(STAGES[args.verb][1], args, train)
-
-
-def quiet() -> None:
-    """Silence the progress bars and advice of the libraries; their errors and everything of ours still show."""
-    # First, because bitsandbytes advises on an optional package while it is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Their own deprecations between minors that we bound
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 def _pipeline(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"launch"},
     {"cli"},
-    {"doctor", "arena", "remote", "export", "pipeline", "config_pipeline", "pipeline_report"},
+    {"doctor", "bench", "arena", "remote", "export", "pipeline", "config_pipeline", "pipeline_report"},
     {"stages"},
     {"evaluation"},
     {"sampling", "score_file"},
@@ -32,7 +32,8 @@ LAYERS = [
     {"panel"},
     {"stability"},
     {"loader", "phases", "progress", "stability_rules", "http_json", "pipeline_recipes"},
-    {"memory", "processes"},
+    {"out_of_memory"},
+    {"memory", "processes", "quiet"},
     {"config", "config_grpo", "config_pipeline", "config_preference"},
     {"errors", ""},  # "" is the package itself: its version
 ]

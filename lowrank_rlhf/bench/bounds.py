@@ -1,0 +1,42 @@
+"""What this device can do at most: products of matrices, and reading memory."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lowrank_rlhf.backbone.base import pick_device
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """`gflops`: of a large matrix product in bf16. `gb_per_second`: read while summing a large tensor."""
+
+    gflops: float
+    gb_per_second: float
+
+
+def measure_bounds(device: str = "auto") -> Bounds:
+    """The better of a few tries each; a second or two."""
+    where = pick_device(device)
+    size = 1024 if where.type == "cpu" else 8192
+    dtype = torch.bfloat16
+    a, b = (torch.randn(size, size, device=where, dtype=dtype) for _ in range(2))
+    product = best_seconds(lambda: torch.mm(a, b), where)
+    many = torch.ones(2**26 if where.type == "cpu" else 2**30, device=where, dtype=dtype)
+    reading = best_seconds(lambda: many.sum(), where)
+    return Bounds(2 * size**3 / product / GIGA, many.nbytes / reading / GIGA)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device, tries: int = 5) -> float:
+    found = []
+    for _ in range(tries):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return min(found)

@@ -1,0 +1,41 @@
+"""The benchmark's rows as a Markdown table."""
+
+import statistics
+from typing import Any
+
+HEADER = ("row", "s/step", "generate", "reward", "score", "update", "peak MiB", "weights MiB", "bases")
+
+
+def median_step(row: dict[str, Any]) -> float:
+    """Seconds of the median step, all phases."""
+    return statistics.median(sum(parts) for parts in zip(*row["seconds"].values(), strict=True))
+
+
+def speed(row: dict[str, Any], phase: str) -> str:
+    """Tokens per second of a phase, at its median time."""
+    if phase not in row["seconds"]:
+        return "–"
+    return f"{row['tokens'][phase] / statistics.median(row['seconds'][phase]):.0f}"
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """One line a row: seconds of the median step, tokens per second of each phase, memory."""
+    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    for name, row in rows.items():
+        peak = row["peak_vram_mib"] or row["peak_rss_mib"]
+        weights = f"{row['weights_mib']:.0f}" if "weights_mib" in row else "–"
+        cells = [name, f"{median_step(row):.2f}", *(speed(row, phase) for phase in HEADER[2:6])]
+        lines.append(f"| {' | '.join([*cells, f'{peak:.0f}', weights, str(row['base_copies'])])} |")
+    return "\n".join(lines)
+
+
+def comparison(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Ours against each naive row: time and memory."""
+    ours = rows.get("ppo")
+    lines = []
+    for name, row in rows.items():
+        if ours is not None and name.startswith("naive"):
+            kind = "peak_vram_mib" if row["peak_vram_mib"] else "peak_rss_mib"
+            times, share = median_step(row) / median_step(ours), ours[kind] / row[kind]
+            lines.append(f"ppo beside {name}: {times:.2f} times as fast, {share:.2f} of its peak")
+    return lines

@@ -10,7 +10,7 @@ from lowrank_rlhf.backbone.shapes import SHAPES, shape_config
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
 
-# Parameters as the models' cards and weight files have them, tied embeddings once
+# As published, tied embeddings once
 PARAMETERS = {
     "smollm2-135m": 134_515_008,
     "qwen2.5-0.5b": 494_032_768,

@@ -1,7 +1,8 @@
-"""The architectures of well-known open models, without weights: to predict memory offline and to measure speed.
+"""The architectures of well-known open models, without weights: to measure speed and memory offline.
 
 `base.model=random/NAME` is such an architecture with random 4-bit weights: it says nothing sensible, and takes the
-memory and time of the real one. Sizes as in the config.json of each model's public repository, read 2026-11.
+memory and time of the real one. The sizes give the published numbers of parameters (tested); constants of norms and
+positions, which change neither memory nor time, are not compared with the models' files.
 """
 
 from typing import Any

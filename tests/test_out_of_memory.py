@@ -162,7 +162,12 @@ def train(data, monkeypatch):
 
 
 def figures(rows):
-    return [{k: v for k, v in row.items() if not any(word in k for word in CLOCKS)} for row in rows]
+    """Without times, and without the accuracy where the answers of a pair are as good: rounding decides it."""
+    rows = [{k: v for k, v in row.items() if not any(word in k for word in CLOCKS)} for row in rows]
+    for row in rows:
+        if abs(row.get("rewards/margins", 1)) < 1e-6:
+            del row["rewards/accuracies"]
+    return rows
 
 
 def assert_same(found, expected):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
+from lowrank_rlhf.logps_cpu import Logits, TokenLogps
+
 VOCAB_CHUNK = 4096  # columns of lm_head at a time: the tile stays in cache, twice as fast as 32768 on CPU
 
 
@@ -16,18 +18,20 @@ def chunked_logps(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
+    fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of each target token, the entropy of its distribution, and whether it is the likeliest.
 
-    z = softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature;  logp = z_target − logsumexp z. The kernel is
-    trl's (Triton on CUDA, torch elsewhere), which takes one chunk of the vocabulary at a time; sums are accumulated in
-    fp32 whatever the input type.
+    z = softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature;  logp = z_target − logsumexp z. One chunk of
+    the vocabulary at a time, by trl's kernel (Triton on CUDA) or, of fp32 states on a CPU, by `logps_cpu`; sums are
+    accumulated in fp32 whatever the input type.
 
     Args:
         hidden: the final hidden state *before* each target. Shape (N, H): flattened, because a sliced
             (B, T, H) view makes the projection a batched product with weight copies (2 s of a 15 s step on CPU).
         lm_head_weight: shape (V, H).
         targets: token ids. Shape (N,).
+        fast: multiply fp32 states on a CPU by `fast_products`.
 
     Returns:
         logps and entropies, nats, fp32, and is_top1, bool; each of shape (N,).
@@ -36,6 +40,9 @@ def chunked_logps(
     >>> logps, entropy  # uniform over four tokens: −log 4, log 4
     (tensor([-1.3863]), tensor([1.3863]))
     """
+    if hidden.device.type == "cpu" and hidden.dtype == lm_head_weight.dtype == torch.float32:
+        logits = Logits(lm_head_weight, bias, temperature, logit_scale, logit_softcap, VOCAB_CHUNK)
+        return TokenLogps.apply(hidden, targets, logits, fast)
     logps, entropy, _, _, is_top1 = ChunkedLogProbFunction.apply(
         hidden,
         lm_head_weight,

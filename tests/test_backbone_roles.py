@@ -145,7 +145,7 @@ def test_an_optimizer_on_a_second_role_moves_it(two):
 
 def test_one_optimizer_over_two_roles_moves_both(two):
     two.train_only("policy", "reward")
-    roles = {role: two._lora(role) for role in ("policy", "reward")}
+    roles = {role: two._switch.parameters(role) for role in ("policy", "reward")}
     optimizer = torch.optim.SGD(roles["policy"] + roles["reward"], lr=1.0)
     before = {role: bits(parameters) for role, parameters in roles.items()}
     for role in ("policy", "reward"):
@@ -194,10 +194,10 @@ def gradients(backbone, where):
         elif where == "under the base":
             with backbone.use(None):
                 loss.backward()
-    found = [parameter.grad for parameter in backbone._lora("policy")]
+    found = [parameter.grad for parameter in backbone._switch.parameters("policy")]
     assert all(gradient is not None and bool(gradient.any()) for gradient in found)
-    assert all(parameter.grad is None for parameter in backbone._lora("reward"))
-    for parameter in backbone._lora("policy"):
+    assert all(parameter.grad is None for parameter in backbone._switch.parameters("reward"))
+    for parameter in backbone._switch.parameters("policy"):
         parameter.grad = None
     return found
 
@@ -219,8 +219,8 @@ def test_two_forwards_then_two_backwards_with_checkpointing(two):
     for role in ("policy", "reward"):
         with two.use(role, train=True):
             logps(two).sum().backward()
-        expected[role] = bits(parameter.grad for parameter in two._lora(role))
-        for parameter in two._lora(role):
+        expected[role] = bits(parameter.grad for parameter in two._switch.parameters(role))
+        for parameter in two._switch.parameters(role):
             parameter.grad = None
     two.enable_gradient_checkpointing()
     losses = []
@@ -229,7 +229,7 @@ def test_two_forwards_then_two_backwards_with_checkpointing(two):
             losses.append(logps(two).sum())
     sum(losses).backward()
     for role in ("policy", "reward"):
-        assert same_bits(expected[role], [parameter.grad for parameter in two._lora(role)])
+        assert same_bits(expected[role], [parameter.grad for parameter in two._switch.parameters(role)])
     assert (two.active, learning(two)) == (None, {"policy", "reward"})
 
 
@@ -599,3 +599,27 @@ def test_the_reference_is_not_dropped(backbone):
         backbone.drop_role("start")
     with pytest.raises(UserError, match="no role 'policy'"):
         backbone.drop_role("policy")
+
+
+def test_switching_is_pefts_set_adapter_without_its_side_effects(backbone):
+    """The same flags on every layer and on PEFT's own models; what learns stays as it is."""
+    for role in ("policy", "value"):
+        backbone.add_role(role, Lora(r=4))
+    backbone.train_only("policy")
+    layers = [module for module in backbone.model.modules() if isinstance(module, LoraLayer)]
+    assert layers
+
+    def flags():
+        return [(layer.active_adapters, layer.disable_adapters, layer.merged) for layer in layers]
+
+    for role in ("value", "policy", "value"):
+        with backbone.use(role):
+            ours, named = flags(), (backbone.peft.active_adapter, backbone.peft.base_model.active_adapter)
+            learning = [p.requires_grad for p in backbone.model.parameters()]
+            backbone.peft.set_adapter(role)
+            assert ours == flags()
+            assert named == (role, role)
+            backbone.train_only("policy")
+            assert learning == [p.requires_grad for p in backbone.model.parameters()]
+    with backbone.use(None):
+        assert all(layer.disable_adapters for layer in layers)

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from reference import random_masks
 from torch.testing import assert_close
+from trl.kernels import ChunkedLogProbFunction
 
 from lowrank_rlhf import logps as logps_module
+from lowrank_rlhf import logps_cpu
 from lowrank_rlhf.logps import chunked_logps, masked_targets
+from lowrank_rlhf.products import fast_products
 
 
 @pytest.mark.parametrize(
@@ -85,6 +88,57 @@ def test_gradient_is_that_of_the_plain_path(monkeypatch, settings, logp_weight, 
 
     assert gradient(plain_logps).abs().max() > 0.01
     assert_close(gradient(chunked_logps), gradient(plain_logps), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 1024])
+@pytest.mark.parametrize("vocab_chunk", [3, 32768], ids=["chunks", "one_chunk"])
+def test_the_cpu_kernel_is_trls(monkeypatch, rows, vocab_chunk):
+    """Logps, entropies, which is likeliest (of equal ones the first), and gradients of both; few rows at a time."""
+    monkeypatch.setattr(logps_module, "VOCAB_CHUNK", vocab_chunk)
+    monkeypatch.setattr(logps_cpu, "ROWS", rows)
+    generator = torch.Generator().manual_seed(1)
+    hidden, head = torch.randn(6, 5, generator=generator) * 2, torch.randn(11, 5, generator=generator)
+    head[7] = head[2]  # as likely wherever one is
+    hidden[0] = 5 * head[2]
+    hidden[1] = 5 * head[7]
+    targets = torch.tensor([2, 7, 0, 5, 10, 3])
+    weights = torch.randn(2, 6, generator=generator)
+    found = []
+    for kernel in ("cpu", "trl"):
+        states = hidden.clone().requires_grad_()
+        if kernel == "cpu":
+            logps, entropy, top = chunked_logps(states, head, targets, temperature=0.7)
+        else:
+            outputs = ("entropy", "is_top1")
+            theirs = ChunkedLogProbFunction.apply(states, head, None, targets, 0.7, vocab_chunk, None, 1.0, outputs)
+            logps, entropy, *_, top = theirs
+        (gradient,) = torch.autograd.grad((weights[0] * logps + weights[1] * entropy).sum(), states)
+        found.append((logps, entropy, top, gradient))
+    assert found[0][2].tolist() == found[1][2].tolist()
+    assert found[0][2].tolist()[:2] == [True, False]
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_fast_products_round_as_bf16_at_most():
+    """u = 2⁻⁹ a factor: the logits of 576 terms of the size of 1 are off by √576 · 2u at the very most."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(64, 576, generator=generator), torch.randn(1024, 576, generator=generator)
+    targets = torch.arange(64)
+    exact, fast = (chunked_logps(hidden, head, targets, fast=fast) for fast in (False, True))
+    assert_close(fast[0], exact[0], rtol=0, atol=24 * 2**-8)
+    assert not torch.equal(fast[0], exact[0])  # another product it is
+
+
+def test_precision_is_put_back_whatever_happens():
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    with pytest.raises(ZeroDivisionError), fast_products():
+        assert products.fp32_precision == "bf16"
+        raise ZeroDivisionError
+    assert products.fp32_precision == before
+    with fast_products(False):
+        assert products.fp32_precision == before
 
 
 def test_masked_targets_by_hand():

@@ -1,10 +1,10 @@
-"""A LoRA layer on a 4-bit weight, leaner than PEFT's: the same sum to the bit, less copied, less kept for backward.
+"""A LoRA layer on a 4-bit weight, leaner than PEFT's: the same sum, less copied, less kept for backward.
 
     y = x Wᵀ + s (x Aᵀ) Bᵀ        (Hu et al. 2021, arXiv:2106.09685, eq. 3; W is NF4, dequantised when it is used)
 
-Forward does PEFT's operations but for the copies between them, so roles give plain PEFT's logits. Backward keeps x in
-the base's 16-bit type and x Aᵀ, and multiplies in that type, where PEFT's multiplies the adapter's part in fp32. `LEAN`
-off is PEFT's own path, which it is tested against.
+All products are in the base's 16-bit type, as PEFT's are under bf16 autocast; without, PEFT multiplies the adapter's
+part in fp32. Both parts are added in the type of x, so that a small adapter is not rounded away beside the base.
+Backward keeps x in 16 bits, and x Aᵀ. `LEAN` off is PEFT's own path, which it is tested against.
 """
 
 import weakref
@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 from lowrank_rlhf import memory
 
 LEAN = True
+Factors = tuple[Tensor, Tensor, float]  # A, B and s
 
 
 def use_lean_layers(model: nn.Module) -> None:
@@ -33,26 +34,39 @@ def use_lean_layers(model: nn.Module) -> None:
             layer.forward = MethodType(_forward, layer)
 
 
-def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not LEAN or args or kwargs or layer.disable_adapters or not _is_plain(layer):
+def _forward(layer: Any, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    roles = _roles(layer, adapter_names)
+    if not LEAN or args or kwargs or not roles:
+        if adapter_names is not None:
+            kwargs["adapter_names"] = adapter_names
         return layer.peft_forward(x, *args, **kwargs)
-    role, base = layer.active_adapters[0], layer.base_layer
-    a, b, scaling = layer.lora_A[role].weight, layer.lora_B[role].weight, layer.scaling[role]
-    y = _LoraLinear.apply(x, base, a, b, scaling) if torch.is_grad_enabled() else _sum(x, base, a, b, scaling)[0]
+    base = layer.base_layer
+    if adapter_names is not None:
+        y = _mixed(x, base, adapter_names, {role: _factors(layer, role) for role in roles})
+    elif torch.is_grad_enabled():
+        y = _LoraLinear.apply(x, base, *_factors(layer, roles[0]))
+    else:
+        y = _sum(x, base, *_factors(layer, roles[0]))[0]
     return y if base.bias is None else y + base.bias.to(y.dtype)
 
 
-def _is_plain(layer: Any) -> bool:
-    """One LoRA, without dropout, bias or variant."""
-    if len(layer.active_adapters) != 1:
-        return False
-    role = layer.active_adapters[0]
-    return (
-        role in layer.lora_A
-        and role not in layer.lora_variant
+def _roles(layer: Any, adapter_names: list[str] | None) -> list[str]:
+    """The adapters that are applied here, one to a row; none where it takes PEFT's own forward to apply them."""
+    if layer.disable_adapters or (adapter_names is None and len(layer.active_adapters) > 1):
+        return []
+    names = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+    roles = [name for name in names if name in layer.lora_A]
+    plain = all(
+        role not in layer.lora_variant
         and not layer.lora_bias.get(role)
         and (isinstance(layer.lora_dropout[role], nn.Identity) or not layer.training)
+        for role in roles
     )
+    return roles if plain else []
+
+
+def _factors(layer: Any, role: str) -> Factors:
+    return layer.lora_A[role].weight, layer.lora_B[role].weight, layer.scaling[role]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -67,31 +81,38 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
         cast, inner, a, b = ctx.saved_tensors
         upstream = _cast(grad, cast.dtype)
-        through = linear(upstream, b.T.to(cast.dtype)).mul_(ctx.scaling)
+        rows = upstream.flatten(0, -2)
+        through = (rows @ b.to(cast.dtype)).mul_(ctx.scaling)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = _add_product(
-                (upstream @ base_weight(ctx.base, cast.dtype)).to(ctx.dtype), through.to(ctx.dtype), a
-            )
+            grad_x = upstream @ base_weight(ctx.base, cast.dtype)
+            grad_x.view(-1, grad_x.shape[-1]).addmm_(through, a.to(cast.dtype))
+            grad_x = grad_x.to(ctx.dtype)
         if ctx.needs_input_grad[2]:
-            grad_a = (through.flatten(0, -2).T @ cast.flatten(0, -2)).to(a.dtype)
+            grad_a = (through.T @ cast.flatten(0, -2)).to(a.dtype)
         if ctx.needs_input_grad[3]:
-            inner = inner.flatten(0, -2).to(cast.dtype)
-            grad_b = (upstream.flatten(0, -2).T @ inner).to(b.dtype).mul_(ctx.scaling)
+            grad_b = (rows.T @ inner).to(b.dtype).mul_(ctx.scaling)
         return grad_x, None, grad_a, grad_b, None
 
 
 def _sum(x: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x Wᵀ + s (x Aᵀ) Bᵀ, x in the compute type, and x Aᵀ."""
+    """x Wᵀ + s (x Aᵀ) Bᵀ, x in the compute type, and x Aᵀ with one row a token."""
     cast = _cast(x, base.compute_dtype)
-    inner = linear(x.to(a.dtype), a)
+    inner = cast.flatten(0, -2) @ a.to(cast.dtype).T
     y = base_product(base, cast).to(x.dtype)
-    return y.add_(linear(inner, b).mul_(scaling).to(x.dtype)), cast, inner
+    y.view(-1, y.shape[-1]).add_(inner @ b.to(cast.dtype).T, alpha=scaling)
+    return y, cast, inner
 
 
-def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float = 1.0) -> Tensor:
-    """y + scaling · left · right, in the place of y: where y is fp32, so is the sum."""
-    y.view(-1, y.shape[-1]).addmm_(left.flatten(0, -2), right.to(y.dtype), alpha=scaling)
+@torch.no_grad()
+def _mixed(x: Tensor, base: Any, names: list[str], adapters: dict[str, Factors]) -> Tensor:
+    """The same sum, row i with the i-th name's adapter, or with none where that is not among them; no gradient."""
+    cast = _cast(x, base.compute_dtype)
+    y = base_product(base, cast).to(x.dtype)
+    for role, (a, b, scaling) in adapters.items():
+        rows = [i for i, name in enumerate(names) if name == role]
+        change = (cast[rows].flatten(0, -2) @ a.to(cast.dtype).T) @ b.to(cast.dtype).T
+        y[rows] = y[rows].add_(change.view(len(rows), *y.shape[1:]), alpha=scaling)
     return y
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from lowrank_rlhf.backbone.base import logit_transform
+from lowrank_rlhf.backbone.base import BaseInfo, logit_transform
 from lowrank_rlhf.backbone.heads import ScalarHead
 from lowrank_rlhf.backbone.linear import unpacked
 from lowrank_rlhf.logps import before, chunked_logps, masked_targets
@@ -26,6 +26,7 @@ class Passes:
     """
 
     model: PreTrainedModel
+    info: BaseInfo
     heads: nn.ModuleDict
     most_rows: MostRows
     _trainable: frozenset[str]
@@ -88,6 +89,7 @@ class Passes:
             temperature=temperature,
             logit_scale=scale,
             logit_softcap=softcap,
+            fast=self.info.fast_products,
         )
 
     def read(

@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -20,6 +19,7 @@ from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
 from lowrank_rlhf.backbone.linear import use_lean_layers
 from lowrank_rlhf.backbone.passes import Passes
 from lowrank_rlhf.backbone.rows import BASE_ROW, rows_named
+from lowrank_rlhf.backbone.switch import Switch
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.out_of_memory import MostRows
@@ -48,6 +48,7 @@ class Backbone(Passes):
         self.most_rows = MostRows()
         self.reference_role: str | None = None
         self.peft: PeftModel | None = None  # PEFT cannot wrap a model with no adapter, so it comes with the first role
+        self._switch = Switch(self.model, None)
         self._active: str | None = None
         self._trainable: frozenset[str] = frozenset()
 
@@ -102,7 +103,7 @@ class Backbone(Passes):
         forbid_merging(self.model)
         use_lean_layers(self.model)
         self.model.train(self.model.training)  # a new adapter's dropout would be in train mode in an eval-mode model
-        self._select(self._active)
+        self._find_layers()
 
     def add_head(self, role: str, pooling: Pooling = "last") -> None:
         hidden_size = self.model.config.get_text_config().hidden_size
@@ -131,6 +132,7 @@ class Backbone(Passes):
         self._select(next((other for other in self.roles if other != role), None))
         self.peft.delete_adapter(role)
         self._select(before)
+        self._find_layers()
 
     def copy_role(self, source: str, target: str) -> None:
         """`target` becomes a new role with exactly `source`'s adapter and head."""
@@ -144,16 +146,15 @@ class Backbone(Passes):
     @torch.no_grad()
     def copy_weights(self, source: str, target: str) -> None:
         """An existing role's adapter becomes that of another, of the same shape."""
-        for ours, theirs in zip(self._lora(target), self._lora(source), strict=True):
+        for ours, theirs in zip(self._switch.parameters(target), self._switch.parameters(source), strict=True):
             ours.copy_(theirs)
 
     def without_dropout(self, *roles: str) -> None:
         """Turn the adapter dropout of these roles off for good: policy ratios compare log-probs of the same tokens."""
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer):
-                for role in roles:
-                    if role in module.lora_dropout:
-                        module.lora_dropout[role] = nn.Identity()
+        for layer in self._switch.layers:
+            for role in roles:
+                if role in layer.lora_dropout:
+                    layer.lora_dropout[role] = nn.Identity()
 
     def copy_head(self, source: str, target: str) -> None:
         self.add_head(target, cast(ScalarHead, self.heads[source]).pooling)
@@ -169,7 +170,7 @@ class Backbone(Passes):
     def parameters(self, role: str) -> list[nn.Parameter]:
         """Everything a role consists of: its LoRA weights, then its head."""
         self._require(role)
-        return self._lora(role) + (list(self.heads[role].parameters()) if role in self.heads else [])
+        return self._switch.parameters(role) + (list(self.heads[role].parameters()) if role in self.heads else [])
 
     def megabytes(self, role: str) -> float:
         """What a role adds to the base in memory: its adapter and its head, in 10^6 bytes."""
@@ -243,26 +244,17 @@ class Backbone(Passes):
         if role not in self.roles:
             raise UserError(f"no role {role!r} on this base; there are: {', '.join(self.roles) or 'none'}")
 
-    def _lora(self, role: str) -> list[nn.Parameter]:
-        return [
-            cast(nn.Parameter, module_dict[role].weight)
-            for module in self.model.modules()
-            if isinstance(module, LoraLayer)
-            for module_dict in (module.lora_A, module.lora_B)
-            if role in module_dict
-        ]
+    def _find_layers(self) -> None:
+        """After PEFT has added or removed adapters, which switches one on and lets it learn."""
+        self._switch = Switch(self.model, self.peft)
+        for layer in self._switch.layers:
+            layer.requires_grad_(False)
+        self._select(self._active)
+        self._apply_requires_grad()
 
     def _select(self, role: str | None) -> None:
-        """Switch adapters, then undo what PEFT's switch does to `requires_grad`."""
-        if self.peft is not None:
-            lora = cast(LoraModel, self.peft.base_model)
-            if role is None:
-                lora.disable_adapter_layers()
-            else:
-                lora.enable_adapter_layers()
-                self.peft.set_adapter(role)
+        self._switch.select(role)
         self._active = role
-        self._apply_requires_grad()
 
     def _apply_requires_grad(self) -> None:
         for role in self.roles:
@@ -270,9 +262,8 @@ class Backbone(Passes):
                 parameter.requires_grad_(role in self._trainable)
 
     def _train_mode(self, train: bool) -> None:
-        # Tested first because walking the modules of a large model several times per step is not free.
         if self.model.training != train:
-            self.model.train(train)
+            self._switch.train(train)
 
     def _recompute_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         return nullcontext(), self._reenter(self._active)

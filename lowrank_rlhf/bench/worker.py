@@ -39,7 +39,8 @@ def on_policy(stage: str, recipe: Any, steps: int) -> dict[str, Any]:
         tokens = sum(int(e.batch.attention_mask.sum()) for e in experiences)
         return {name.removeprefix("time/"): s for name, s in loop.phases.metrics().items() if name.startswith("time/")}
 
-    figures = repeated(step, steps)
+    with loop.unpacked():
+        figures = repeated(step, steps)
     new = loop.completions * recipe.data.max_completion_tokens
     return figures | {
         "tokens": {"generate": new, "reward": tokens, "score": tokens, "update": tokens},

@@ -75,7 +75,7 @@ def run_iterations(method: Method, run: Run, callbacks: SequenceOf[TrainerCallba
     if heard_state:
         heard.load_state_dict(heard_state)
     metrics: Metrics = {}
-    with panel(recipe.stage, steps, done, run.metrics() if done else []) as line, heard:
+    with panel(recipe.stage, steps, done, run.metrics() if done else []) as line, heard, on_policy.unpacked():
         for step in range(done + 1, steps + 1):
             heard.on_step_begin()
             metrics = iteration(method, run, line, step)

@@ -89,7 +89,7 @@ class OnPolicy:
         """
         examples = [e for e in self.order.take(self.recipe.train.batch_size) for _ in range(self.group_size)]
         judges = closing(Judging(self.reward, self.worker, examples, self.group_size))
-        with judges as judging, self.unpacked():
+        with judges as judging:
             with self.phases("generate"):
                 sequences = self.roll_out(examples, judging.add)
             with self.phases("reward"):
@@ -108,7 +108,7 @@ class OnPolicy:
         return rollouts, objective_metrics(rollouts, self.kl.coef) | metrics | rollout_texts(texts)
 
     def unpacked(self) -> AbstractContextManager[object]:
-        """Weights in 16 bit, where log-probs from them are those of the update to the bit: measured on CPU only."""
+        """For a whole run: weights also in 16 bit, where log-probs are the same to the bit, so far measured on CPU."""
         return self.backbone.unpacked() if self.backbone.info.device == "cpu" else nullcontext()
 
     def roll_out(

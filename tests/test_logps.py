@@ -1,5 +1,6 @@
 """Log-probabilities from hidden states: hand-worked values, gradients, laws, agreement with float64 loops."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_fast_products_round_as_bf16_at_most():
 def test_precision_is_put_back_whatever_happens():
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision
-    with pytest.raises(ZeroDivisionError), fast_products():
+    with contextlib.suppress(ZeroDivisionError), fast_products():
         assert products.fp32_precision == "bf16"
         raise ZeroDivisionError
     assert products.fp32_precision == before

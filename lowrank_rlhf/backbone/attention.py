@@ -2,8 +2,8 @@
 
     softmax(q kᵀ / √d + mask) v        (Vaswani et al. 2017, arXiv:1706.03762, eq. 1)
 
-Forward multiplies by `fast_products`, backward in bf16 as the 4-bit layers beside it do. The weights are kept, so beyond
-`MAX_WEIGHTS` of them torch's kernel does it, in linear memory.
+Forward multiplies by `fast_products`, backward in bf16 as the 4-bit layers beside it do. The weights are kept, so
+beyond `MAX_WEIGHTS` of them torch's kernel does it, in linear memory.
 """
 
 from typing import Any

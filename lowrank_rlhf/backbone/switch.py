@@ -37,9 +37,5 @@ class Switch:
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The LoRA weights of a role, A before B, layer by layer."""
-        return [
-            cast(nn.Parameter, factors[role].weight)
-            for layer in self.layers
-            for factors in (layer.lora_A, layer.lora_B)
-            if role in factors
-        ]
+        factors = [factor for layer in self.layers for factor in (layer.lora_A, layer.lora_B) if role in factor]
+        return [cast(nn.Parameter, factor[role].weight) for factor in factors]

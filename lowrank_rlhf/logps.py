@@ -20,7 +20,7 @@ def chunked_logps(
     logit_softcap: float | None = None,
     fast: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of each target token, the entropy of its distribution, and whether it is the likeliest.
+    """Log-probability of each target token, the entropy of its distribution, and whether none is likelier.
 
     z = softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature;  logp = z_target − logsumexp z. One chunk of
     the vocabulary at a time, by trl's kernel (Triton on CUDA) or, of fp32 states on a CPU, by `logps_cpu`; sums are

@@ -76,12 +76,9 @@ def _statistics(hidden: Tensor, targets: Tensor, logits: Logits, learns: bool) -
     """logps, entropies, is_top1 and log Σ exp z, shape (n,); ∇_h logps, shape (n, H), empty unless it `learns`."""
     top = hidden.new_full((len(hidden), 1), -torch.inf)
     total, moment, chosen, chosen_slope = (torch.zeros_like(top) for _ in range(4))
-    first_of_top = torch.zeros_like(targets)
     sums = torch.zeros_like(hidden if learns else hidden[:, :0])
     for first, weight, z, slope in logits.tiles(hidden):
-        highest, place = z.max(dim=1, keepdim=True)
-        first_of_top = torch.where((highest > top).squeeze(1), place.squeeze(1) + first, first_of_top)
-        before, top = top, torch.maximum(top, highest)
+        before, top = top, torch.maximum(top, z.amax(dim=1, keepdim=True))
         shrink = (before - top).exp_()
         p = (z - top).exp_()
         total = total * shrink + p.sum(dim=1, keepdim=True)
@@ -97,7 +94,7 @@ def _statistics(hidden: Tensor, targets: Tensor, logits: Logits, learns: bool) -
     if learns:
         plain = logits.scale / logits.temperature if logits.softcap is None else 1.0
         sums = chosen_slope * logits.weight[targets] - sums * (plain / total)
-    found = (chosen - log_sum, log_sum - moment / total, first_of_top.unsqueeze(1) == targets.unsqueeze(1), log_sum)
+    found = (chosen - log_sum, log_sum - moment / total, chosen >= top, log_sum)
     return (*(each.squeeze(1) for each in found), sums)
 
 

@@ -70,7 +70,7 @@ def generate(
     choose = _greedy if greedy else partial(_sample, sampling_warpers(rollout))
     sequences: dict[int, Sequence] = {}
     groups = chunks(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), rollout.batch_size)
-    with backbone.unpacked(), backbone.use(role) as model:
+    with backbone.generating(role) as model:
         for group in groups if label is None else progress(groups, label, len(groups)):
 
             def complete(piece: slice, group: list[int] = group) -> list[list[int]]:

@@ -170,3 +170,21 @@ def test_the_copy_that_layers_share_is_of_this_tensor():
     del x
     y = torch.randn(3, 4)
     assert torch.equal(linear._cast(y, torch.bfloat16), y.bfloat16())
+
+
+def test_cast_factors_change_no_bit_and_are_gone_afterwards(backbone):
+    ids = torch.randint(0, 258, (2, 6))
+    expected = states_of(backbone, ids, backbone.use("policy"))
+    with linear.factors_cast(backbone.model, "policy"):
+        assert lora_layer(backbone).cast_factors[0].dtype == torch.bfloat16
+        assert torch.equal(states_of(backbone, ids, backbone.use("policy")), expected)
+    assert all(m.cast_factors is None for m in backbone.model.modules() if isinstance(m, linear.LoraLinear4bit))
+
+
+def test_the_bare_base_reads_unpacked_weights_too(backbone, monkeypatch):
+    """To the bit what bitsandbytes computes from the packed ones."""
+    ids = torch.randint(0, 258, (2, 6))
+    expected = states_of(backbone, ids, backbone.use(None))
+    with backbone.unpacked(), monkeypatch.context() as patch:
+        patch.setattr(linear.bnb, "matmul_4bit", None)
+        assert torch.equal(states_of(backbone, ids, backbone.use(None)), expected)

@@ -86,7 +86,7 @@ def rollout_of(tokens, prompt_ids, render):
 
     model = Model(forward=say, config=LlamaConfig(num_hidden_layers=1), device=torch.device("cpu"))
     pad = SimpleNamespace(pad_token_id=render.tokenizer.pad_token_id)
-    modes = {"use": lambda role: nullcontext(model), "unpacked": nullcontext}
+    modes = {"generating": lambda role: nullcontext(model)}
     backbone = SimpleNamespace(model=model, info=pad, most_rows=MostRows(), **modes)
     prompts = [prompt_ids, [*prompt_ids, 0]]
     return generate(backbone, None, prompts, Rollout(), max_new_tokens=len(tokens), stop_ids=render.stop_ids)[0]

@@ -35,7 +35,7 @@ CONFIGS = {
 def around(model, pad_token_id=0):
     """A base of any architecture with no role, as far as rollouts look."""
     info = SimpleNamespace(pad_token_id=pad_token_id)
-    modes = {"use": lambda role: nullcontext(model), "unpacked": nullcontext}
+    modes = {"generating": lambda role: nullcontext(model)}
     return SimpleNamespace(model=model, info=info, most_rows=MostRows(), **modes)
 
 

@@ -31,11 +31,14 @@ def use_lean_layers(model: nn.Module) -> None:
     for layer in layers:
         if not hasattr(layer, "peft_forward"):
             layer.peft_forward = layer.forward
+            layer.cast_factors = None
             layer.forward = MethodType(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
     roles = _roles(layer, adapter_names)
+    if LEAN and layer.disable_adapters and not torch.is_grad_enabled() and not args and not kwargs:
+        return _with_bias(base_product(layer.base_layer, _cast(x, layer.base_layer.compute_dtype)).to(x.dtype), layer)
     if not LEAN or args or kwargs or not roles:
         if adapter_names is not None:
             kwargs["adapter_names"] = adapter_names
@@ -47,7 +50,12 @@ def _forward(layer: Any, x: Tensor, *args: Any, adapter_names: list[str] | None 
         y = _LoraLinear.apply(x, base, *_factors(layer, roles[0]))
     else:
         y = _sum(x, base, *_factors(layer, roles[0]))[0]
-    return y if base.bias is None else y + base.bias.to(y.dtype)
+    return _with_bias(y, layer)
+
+
+def _with_bias(y: Tensor, layer: Any) -> Tensor:
+    bias = layer.base_layer.bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def _roles(layer: Any, adapter_names: list[str] | None) -> list[str]:
@@ -66,7 +74,24 @@ def _roles(layer: Any, adapter_names: list[str] | None) -> list[str]:
 
 
 def _factors(layer: Any, role: str) -> Factors:
-    return layer.lora_A[role].weight, layer.lora_B[role].weight, layer.scaling[role]
+    cast = layer.cast_factors
+    a, b = cast if cast is not None else (layer.lora_A[role].weight, layer.lora_B[role].weight)
+    return a, b, layer.scaling[role]
+
+
+@contextmanager
+def factors_cast(model: nn.Module, role: str | None) -> Iterator[None]:
+    """Inside the block, in which no weight changes and no other role is on, this role's A and B are cast only once."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLinear4bit)]
+    for layer in layers if role is not None else ():
+        if role in layer.lora_A:
+            dtype = layer.base_layer.compute_dtype
+            layer.cast_factors = tuple(each[role].weight.detach().to(dtype) for each in (layer.lora_A, layer.lora_B))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_factors = None
 
 
 class _LoraLinear(torch.autograd.Function):

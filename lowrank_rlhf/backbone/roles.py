@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lowrank_rlhf.backbone.base import check_logit_path, load_base
 from lowrank_rlhf.backbone.guard import copy_config, forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
 from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
-from lowrank_rlhf.backbone.linear import use_lean_layers
+from lowrank_rlhf.backbone.linear import factors_cast, use_lean_layers
 from lowrank_rlhf.backbone.passes import Passes
 from lowrank_rlhf.backbone.rows import BASE_ROW, rows_named
 from lowrank_rlhf.backbone.switch import Switch
@@ -199,6 +199,12 @@ class Backbone(Passes):
         finally:
             self._train_mode(was_training)
             self._select(before)
+
+    @contextmanager
+    def generating(self, role: str | None) -> Iterator[PreTrainedModel]:
+        """`use(role)` for many short forwards: its weights stand ready in 16 bit where that fits; none may change."""
+        with self.unpacked(), self.use(role) as model, factors_cast(model, role):
+            yield model
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
         """The frozen reference: the bare base, or the frozen copy of where the policy started."""

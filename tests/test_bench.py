@@ -29,10 +29,11 @@ def test_the_table_is_of_median_steps():
     rows = {"ppo": row([1.0, 2.0, 9.0], [3.0, 2.0, 1.0], 1500.4, weights_mib=162.2)}
     rows["naive"] = row([4.0, 4.0, 4.0], [8.0, 8.0, 8.0], 4000.0) | {"base_copies": 4}
     assert median_step(rows["ppo"]) == 4.0
-    assert table(rows).splitlines() == [
+    rows["ppo"] |= {"gflop": {"update": 500.0}, "gb": {"generate": 10.0}}
+    assert table(rows, {"gflops": 1000.0, "gb_per_second": 20.0}).splitlines() == [
         "| row | s/step | generate | reward | score | update | peak MiB | weights MiB | bases |",
         "|---|---|---|---|---|---|---|---|---|",
-        "| ppo | 4.00 | 384 | – | – | 704 | 1500 | 162 | 1 |",
+        "| ppo | 4.00 | 384 (25%) | – | – | 704 (25%) | 1500 | 162 | 1 |",
         "| naive | 12.00 | 192 | – | – | 176 | 4000 | – | 4 |",
     ]
     assert comparison(rows) == ["ppo beside naive: 3.00 times as fast, 0.38 of its peak"]
@@ -60,6 +61,10 @@ def test_every_row(tmp_path):
     assert sum(map(len, ours["prompt_ids"])) + 16 * 8 == ours["tokens"]["update"] == naive["tokens"]["update"]
     assert "| naive-nf4 |" in said
     assert (tmp_path / "bench.md").read_text() in said
+    assert {"score", "update"} <= ours["gflop"].keys() == naive["gflop"].keys() | {"reward"}
+    assert ours["gflop"]["update"] == naive["gflop"]["update"]
+    assert 4 * ours["gflop"]["score"] == 3 * naive["gflop"]["score"]
+    assert ours["gb"]["generate"] == 4 * naive["gb"]["generate"]
 
 
 def test_a_row_that_fails_says_why(tmp_path):

@@ -20,10 +20,9 @@ from transformers import (
 
 from lowrank_rlhf import memory, processes
 from lowrank_rlhf.backbone import embedded, shapes, tiny
-from lowrank_rlhf.backbone.attention import use_short_attention
+from lowrank_rlhf.backbone.lm_head import read_contiguously
 from lowrank_rlhf.config import Base
 from lowrank_rlhf.errors import UserError
-from lowrank_rlhf.products import fast_products
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,7 @@ def load_base(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    read_contiguously(model, info.fast_products)
-    if info.fast_products:
-        use_short_attention(model)
+    read_contiguously(model)
     return model, tokenizer, info
 
 
@@ -150,23 +147,6 @@ def keep_autograd_on_cpu(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def read_contiguously(model: nn.Module, fast: bool) -> None:
-    """Have lm_head read a copy of the states it is given where they are a view, as those of `logits_to_keep=1` are,
-    and multiply as log-probs are computed.
-
-    On a CPU the product of such a view copies lm_head once for each row: for 16 rows of a 49,152-token vocabulary that
-    is 1.8 GB and 2.7 seconds of one core, at every prompt that is read.
-    """
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    forward = head.forward
-
-    def read(states: torch.Tensor) -> torch.Tensor:
-        with fast_products(fast):
-            return forward(states.contiguous())
-
-    head.forward = read
 
 
 def four_bit_weights(model: nn.Module) -> list[torch.Tensor]:

@@ -13,10 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_rlhf.backbone.attention import use_short_attention
 from lowrank_rlhf.backbone.base import check_logit_path, load_base
 from lowrank_rlhf.backbone.guard import copy_config, forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
 from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
 from lowrank_rlhf.backbone.linear import factors_cast, use_lean_layers
+from lowrank_rlhf.backbone.lm_head import multiply_fast
 from lowrank_rlhf.backbone.passes import Passes
 from lowrank_rlhf.backbone.rows import BASE_ROW, rows_named
 from lowrank_rlhf.backbone.switch import Switch
@@ -43,6 +45,9 @@ class Backbone(Passes):
 
     def __init__(self, base: Base, dtype: torch.dtype | None = None):
         self.model, self.tokenizer, self.info = load_base(base, dtype)
+        if self.info.fast_products:
+            use_short_attention(self.model)
+            multiply_fast(self.model)
         check_logit_path(self.model)
         self.heads = nn.ModuleDict()
         self.most_rows = MostRows()

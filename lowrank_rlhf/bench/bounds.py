@@ -1,14 +1,17 @@
-"""What this device can do at most: products of matrices, and reading memory."""
+"""What this device can do at most, products of matrices and reading memory, and what a row needs at least of both."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from lowrank_rlhf.backbone.base import pick_device
 
 GIGA = 1e9
+FORWARD, LEARN = 2, 4  # operations for each weight and token; the frozen weights get no gradient
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,17 @@ def measure_bounds(device: str = "auto") -> Bounds:
     many = torch.ones(2**26 if where.type == "cpu" else 2**30, device=where, dtype=dtype)
     reading = best_seconds(lambda: many.sum(), where)
     return Bounds(2 * size**3 / product / GIGA, many.nbytes / reading / GIGA)
+
+
+def layer_weights(model: nn.Module) -> int:
+    """How many weights the linear layers have, lm_head aside, which reads completions only."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    sizes = [
+        (layer.in_features, layer.out_features)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    ]
+    return sum(rows * columns for rows, columns in sizes)
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, tries: int = 5) -> float:

@@ -11,20 +11,29 @@ def median_step(row: dict[str, Any]) -> float:
     return statistics.median(sum(parts) for parts in zip(*row["seconds"].values(), strict=True))
 
 
-def speed(row: dict[str, Any], phase: str) -> str:
-    """Tokens per second of a phase, at its median time."""
+def speed(row: dict[str, Any], phase: str, bounds: dict[str, float]) -> str:
+    """Tokens per second of a phase, at its median time, and what share of the bound the layers' weights took.
+
+    Args:
+        bounds: `gflops` and `gb_per_second` of the device.
+    """
     if phase not in row["seconds"]:
         return "–"
-    return f"{row['tokens'][phase] / statistics.median(row['seconds'][phase]):.0f}"
+    seconds = statistics.median(row["seconds"][phase])
+    least = (
+        row.get("gflop", {}).get(phase, 0) / bounds["gflops"]
+        + row.get("gb", {}).get(phase, 0) / bounds["gb_per_second"]
+    )
+    return f"{row['tokens'][phase] / seconds:.0f}" + (f" ({least / seconds:.0%})" if least else "")
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]], bounds: dict[str, float]) -> str:
     """One line a row: seconds of the median step, tokens per second of each phase, memory."""
     lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
     for name, row in rows.items():
         peak = row["peak_vram_mib"] or row["peak_rss_mib"]
         weights = f"{row['weights_mib']:.0f}" if "weights_mib" in row else "–"
-        cells = [name, f"{median_step(row):.2f}", *(speed(row, phase) for phase in HEADER[2:6])]
+        cells = [name, f"{median_step(row):.2f}", *(speed(row, phase, bounds) for phase in HEADER[2:6])]
         lines.append(f"| {' | '.join([*cells, f'{peak:.0f}', weights, str(row['base_copies'])])} |")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lowrank_rlhf import memory
+from lowrank_rlhf.bench.bounds import FORWARD, GIGA, LEARN, layer_weights
 from lowrank_rlhf.bench.naive import NaivePPO
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.config_pipeline import RECIPES
@@ -42,8 +43,16 @@ def on_policy(stage: str, recipe: Any, steps: int) -> dict[str, Any]:
     with loop.unpacked():
         figures = repeated(step, steps)
     new = loop.completions * recipe.data.max_completion_tokens
+    weights, own_value = layer_weights(loop.backbone.model), stage == "ppo"
+    gflop = weights * tokens / GIGA
     return figures | {
         "tokens": {"generate": new, "reward": tokens, "score": tokens, "update": tokens},
+        "gflop": {
+            "reward": FORWARD * gflop,
+            "score": (2 + own_value) * FORWARD * gflop,  # policy, reference, values
+            "update": (1 + own_value) * LEARN * gflop,
+        },
+        "gb": {"generate": 2 * weights * recipe.data.max_completion_tokens / GIGA},  # in 16 bit
         "weights_mib": megabytes([loop.backbone.model, loop.backbone.heads]),
         "base_copies": 1,
         "prompt_ids": [loop.renderer.prompt(e.prompt, e.where)[0] for e in loop.order.prompts],
@@ -56,8 +65,12 @@ def naive(row: str, recipe: PPORecipe, steps: int) -> dict[str, Any]:
     figures = repeated(method.step, steps)
     new = len(method.ids) * method.new_tokens
     tokens = new + int(method.mask.sum())
+    weights = layer_weights(method.separate.reference)
+    gflop, size = weights * tokens / GIGA, 0.5 if row == "naive-nf4" else 4.0  # bytes of a weight
     return figures | {
         "tokens": {"generate": new, "score": tokens, "update": tokens},
+        "gflop": {"score": 4 * FORWARD * gflop, "update": 2 * LEARN * gflop},  # the reward among the scores
+        "gb": {"generate": size * weights * method.new_tokens / GIGA},
         "weights_mib": megabytes(method.separate.models),
         "base_copies": len(method.separate.models),
     }

@@ -166,7 +166,7 @@ def figures(rows):
     rows = [{k: v for k, v in row.items() if not any(word in k for word in CLOCKS)} for row in rows]
     for row in rows:
         if abs(row.get("rewards/margins", 1)) < 1e-6:
-            del row["rewards/accuracies"]
+            row.pop("rewards/accuracies", None)
     return rows
 
 

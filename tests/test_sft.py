@@ -64,12 +64,19 @@ def gradient(trainer, compute_loss=None):
     return total, torch.cat([p.grad.flatten() for p in trainer.role_parameters])
 
 
+def assert_same(ours, theirs):
+    """Loss and gradient, whose float32 sums are taken in another order: their norm over norm is far below a rounding
+    of every entry, single entries are off by some 1e-5 of them, as either is from float64."""
+    assert_close(ours, theirs, rtol=0, atol=5e-6)
+    assert float((ours[1] - theirs[1]).norm() / theirs[1].norm()) < 2e-6
+
+
 def test_the_loss_is_trls(make_trainer):
     ours = gradient(make_trainer())
     trainer = make_trainer()
     trls = gradient(trainer, lambda *args, **kwargs: SFTTrainer.compute_loss(trainer, *args, **kwargs))
     assert ours[1].norm() > 0.01
-    assert_close(ours, trls, rtol=0, atol=1e-6)
+    assert_same(ours, trls)
 
 
 def test_the_training_figures_are_trls(make_trainer):
@@ -87,7 +94,7 @@ def test_the_training_figures_are_trls(make_trainer):
 
 
 def test_micro_batches_of_one_are_a_batch_of_eight(make_trainer):
-    assert_close(gradient(make_trainer("train.micro_batch_size=1")), gradient(make_trainer()), rtol=0, atol=1e-6)
+    assert_same(gradient(make_trainer("train.micro_batch_size=1")), gradient(make_trainer()))
 
 
 def test_the_held_out_loss_is_that_of_all_tokens_whatever_the_micro_batch(make_trainer):
@@ -109,7 +116,7 @@ def test_packed_rows_have_the_gradient_of_rows_alone(make_trainer):
     (batch,) = packed.get_train_dataloader()
     assert "attention_mask" not in batch
     assert int((batch["position_ids"] == 0).sum()) == 8
-    assert_close(gradient(packed), gradient(make_trainer()), rtol=0, atol=1e-6)
+    assert_same(gradient(packed), gradient(make_trainer()))
 
 
 def test_rows_are_packed_up_to_the_token_limits_and_none_is_cut(make_trainer):

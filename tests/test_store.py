@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from lowrank_rlhf.backbone import Backbone, embedded, tiny
+from lowrank_rlhf.backbone import Backbone, embedded, linear, tiny
+from lowrank_rlhf.backbone.base import BaseInfo
 from lowrank_rlhf.backbone.store import load_role, save_role
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
@@ -80,15 +81,20 @@ def base_and_source(request, tmp_path):
     return Base(model=str(folder), quantization=quantization, device="cpu"), folder
 
 
-def test_a_saved_role_loads_with_plain_transformers_and_peft(base_and_source, tmp_path):
+def test_a_saved_role_loads_with_plain_transformers_and_peft(base_and_source, tmp_path, monkeypatch):
+    """To the bit where ours takes no fast path of a CPU, and to its rounding where it does."""
     base, source = base_and_source
-    ours, our_scores = outputs(saved_role(base, tmp_path / "reward"), "reward")
+    fast, _ = outputs(saved_role(base, tmp_path / "reward"), "reward")
+    monkeypatch.setattr(BaseInfo, "fast_products", False)
+    monkeypatch.setattr(linear, "LEAN", False)
+    ours, our_scores = outputs(saved_role(base, tmp_path / "plain"), "reward")
     model = PeftModel.from_pretrained(plain_model(source, base.quantization), str(tmp_path / "reward")).eval()
     with torch.no_grad():
         inputs = {"input_ids": tokens(), "attention_mask": torch.ones_like(tokens()), "use_cache": False}
         theirs = model(**inputs, output_hidden_states=True)
         bare = plain_model(source, base.quantization)(**inputs).logits
     assert torch.equal(theirs.logits, ours)
+    assert float((fast - ours).norm() / ours.norm()) <= 4 * 2**-8  # a few roundings to bf16
     assert not torch.equal(bare, ours), "the adapter must change something"
     head = load_file(tmp_path / "reward/head.safetensors")["linear.weight"]
     # The last bits of this dot product, whose terms nearly cancel, depend on how its inputs are aligned in memory

@@ -17,6 +17,7 @@ from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
+from lowrank_rlhf.plan.verb import ABOUT, add_plan_arguments, plan
 from lowrank_rlhf.quiet import quiet
 from lowrank_rlhf.remote.verb import add_remote_arguments, remote
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_remote_arguments(verbs.add_parser("remote", help=summary, description=summary))
     summary = "seconds, memory and tokens per second of every stage here, beside PPO with four separate models"
     add_bench_arguments(verbs.add_parser("bench", help=summary, description=summary))
+    summary = "does it fit? the peak of memory of a recipe by phase and component, and what would make it fit"
+    add_plan_arguments(verbs.add_parser("plan", help=summary, description=ABOUT))
     args = parse(parser, argv)
     actions = {
         "pipeline": lambda: _pipeline(args),
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": lambda: _compare(args),
         "remote": lambda: remote(args),
         "bench": lambda: bench(args),
+        "plan": lambda: plan(args),
     }
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 

@@ -268,6 +268,7 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         return 0
     quiet()
     from lowrank_rlhf import processes
+    from lowrank_rlhf.plan.beside import compare_memory
     from lowrank_rlhf.runs import RECIPE, Interrupted, Run
 
     run = Run(recipe, overwrite=args.overwrite, resume=args.resume)
@@ -278,6 +279,7 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         try:
             with run.stop_on_signal():
                 train(recipe, run)
+            compare_memory(recipe, run)
         except Interrupted as stop:
             again = f"{processes.command()} {recipe.stage} --config {run.dir / RECIPE} --resume"
             print(f"{stop}; go on with:\n  {again}")

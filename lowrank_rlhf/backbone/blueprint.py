@@ -39,7 +39,7 @@ class Blueprint(Backbone):
                 _with_linear4bit(self.model, dtype)
         self.model.requires_grad_(False)
         self.model.eval()
-        self.heads, self.most_rows = nn.ModuleDict(), MostRows("plan")
+        self.heads, self.most_rows = nn.ModuleDict(), MostRows()
         self.reference_role, self.peft = None, None
         self._active, self._trainable = None, frozenset()
 
@@ -71,8 +71,8 @@ class Blueprint(Backbone):
 
 
 def base_config(base: Base) -> PretrainedConfig:
-    """The config of `base.model`: of the embedded model and the shipped recipes' bases without files, else transformers'
-    own, from a folder, the hub's cache or the hub.
+    """The config of `base.model`: without a file for the embedded model and the shipped recipes' bases, else
+    transformers' own, from a folder, the hub's cache or the hub.
 
     Raises:
         UserError: none is found.
@@ -84,16 +84,16 @@ def base_config(base: Base) -> PretrainedConfig:
     if base.model in shapes.MODELS:
         return shapes.shape_config(shapes.MODELS[base.model])
     source, revision = resolve_source(base)
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, **revision)
-    except (OSError, ValueError) as error:
-        known = ", ".join(shapes.MODELS)
-        raise UserError(
-            f"base.model: the config of {base.model!r} is neither here nor can it be fetched "
-            f"({str(error).strip().splitlines()[0]}); give a folder with its config.json, be online once, or plan with "
-            f"one of {known}"
-        ) from error
-    return config
+    reason = ""
+    for kept in (True, False):  # what is here already needs no network, nor its timeouts
+        try:
+            return cast(PretrainedConfig, AutoConfig.from_pretrained(source, local_files_only=kept, **revision))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+    raise UserError(
+        f"base.model: the config of {base.model!r} is neither here nor can it be fetched ({reason}); give a folder "
+        f"with its config.json, be online once, or plan for a base like it, of: {', '.join(shapes.MODELS)}"
+    )
 
 
 def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:

@@ -5,11 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lowrank_rlhf.adapters import answering_role
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.config_grpo import GRPORecipe
-from lowrank_rlhf.config_preference import DPORecipe
-from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.rewards import member_names, saved_members
 from lowrank_rlhf.stages.policy_start import POLICY, REFERENCE
 
@@ -28,6 +25,7 @@ class Pass:
         reads: of the states: log-probs of the completions, a head's values before their tokens, both, or a score.
         prompt, new: tokens of each row.
         adds: there are gradients of an earlier micro-batch already.
+        entropy: the loss reads that of the log-probs too.
         unpacked: the 4-bit weights are in memory in 16 bit too, where that fits.
     """
 
@@ -39,6 +37,7 @@ class Pass:
     new: int
     reads: Reads = "logps"
     adds: bool = False
+    entropy: bool = False
     unpacked: bool = False
     packed: bool = False
 
@@ -67,16 +66,14 @@ def demand(recipe: Any, *, on_cpu: bool) -> Demand:
     return makers.get(recipe.stage, _preferences)(recipe)
 
 
-def _tokens(recipe: Any) -> dict[str, int]:
+def _tokens(recipe: Any) -> dict[str, Any]:
     return {"prompt": recipe.data.max_prompt_tokens, "new": recipe.data.max_completion_tokens}
 
 
 def _sft(recipe: Any) -> Demand:
     train, tokens = recipe.train, _tokens(recipe)
     adds = train.batch_size > train.micro_batch_size
-    learn = Pass(
-        "update", "learn", "sft", train.micro_batch_size, **tokens, adds=adds, packed=recipe.train.packing
-    )
+    learn = Pass("update", "learn", "sft", train.micro_batch_size, **tokens, adds=adds, packed=recipe.train.packing)
     samples = Pass("samples", "generate", "sft", SFT_SAMPLES, **tokens, unpacked=True)
     return Demand(["sft"], {"sft": False}, [learn, samples])
 
@@ -84,9 +81,7 @@ def _sft(recipe: Any) -> Demand:
 def _reward(recipe: Any) -> Demand:
     train, roles = recipe.train, member_names("reward", recipe.reward_model.members)
     adds = train.batch_size > train.micro_batch_size
-    learn = Pass(
-        "update", "learn", roles[0], 2 * train.micro_batch_size, **_tokens(recipe), reads="score", adds=adds
-    )
+    learn = Pass("update", "learn", roles[0], 2 * train.micro_batch_size, **_tokens(recipe), reads="score", adds=adds)
     return Demand(roles[:1], dict.fromkeys(roles, True), [learn])
 
 
@@ -94,12 +89,9 @@ def _preferences(recipe: Any) -> Demand:
     """DPO, ORPO and KTO."""
     train, tokens, found = recipe.train, _tokens(recipe), Demand([POLICY], {POLICY: False})
     rows = train.micro_batch_size * (1 if recipe.stage == "kto" else 2)
-    reference = None
-    if recipe.stage != "orpo":
-        reference = _reference(found, recipe)
     adds = train.batch_size > train.micro_batch_size
     if recipe.stage != "orpo":
-        found.passes.append(Pass("score", "read", reference, rows, **tokens))
+        found.passes.append(Pass("score", "read", _reference(found, recipe), rows, **tokens))
     found.passes.append(Pass("update", "learn", POLICY, rows, **tokens, adds=adds))
     return found
 
@@ -126,7 +118,7 @@ def _on_policy(recipe: Any, on_cpu: bool) -> Demand:
     adds = completions // settings.minibatches > rows or bool(is_ppo and recipe.ptx.data)
     shared = is_ppo and recipe.value_model.trunk == "policy"
     reads: Reads = "both" if shared else "logps"
-    found.passes.append(Pass("update", "learn", POLICY, rows, **tokens, reads=reads, adds=adds))
+    found.passes.append(Pass("update", "learn", POLICY, rows, **tokens, reads=reads, adds=adds, entropy=True))
     if is_ppo:
         found.roles[POLICY if shared else "value"] = True
         found.learning += [] if shared else ["value"]

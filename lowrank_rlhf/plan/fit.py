@@ -1,7 +1,7 @@
 """What makes a recipe fit: the cheapest changes, as few of them and as small as will do."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lowrank_rlhf.config import PPORecipe
@@ -105,7 +105,7 @@ def value_of(recipe: Any, key: str) -> Any:
 
 def _over(plan: Plan, room: int) -> int:
     """By how many bytes the phases are over, together: the sum, so that one of two counts."""
-    return sum(max(0, parts.total() - room) for parts in plan.phases.values())
+    return sum(max(0, plan.of(phase) - room) for phase in plan.phases)
 
 
 def _step(lever: Lever, recipe: Any) -> Changes:

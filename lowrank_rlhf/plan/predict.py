@@ -16,15 +16,22 @@ from lowrank_rlhf.plan.rehearsal import UNPACKED, Moments, Rehearsal
 
 SHALLOW = 2  # layers, of the smaller of the two rehearsals
 GIB = 2**30
-RESERVE = {"cpu": 0.55 * GIB, "cuda": 1.5 * GIB}
+# Beside tensors. CUDA: context, kernels and fragments, as recipes/README.md estimates. CPU: Python and its libraries;
+# and, as a share of the tensors, what glibc keeps of freed blocks in pieces that nothing fits (docs/measurements.md)
+RESERVED = {"cpu": int(0.55 * GIB), "cuda": int(1.5 * GIB)}
+PIECES = {"cpu": 0.2, "cuda": 0.0}
 
 
 @dataclass(frozen=True)
 class Plan:
     """
     Attributes:
-        phases: name → bytes by label, when that phase takes the most.
+        phases: name → bytes of tensors by label, when that phase takes the most.
         device: cpu or cuda.
+
+    >>> plan = Plan({"update": Counter(base=GIB)}, "cuda")
+    >>> plan.peak_phase, plan.peak / GIB
+    ('update', 2.5)
     """
 
     phases: dict[str, Counter[str]]
@@ -36,21 +43,22 @@ class Plan:
 
     @property
     def tensors(self) -> int:
-        """Bytes of tensors at the peak."""
+        """Bytes of tensors at the peak: on CUDA what torch counts as allocated."""
         return self.phases[self.peak_phase].total()
 
     @property
-    def reserve(self) -> int:
-        return int(RESERVE[self.device])
-
-    @property
     def peak(self) -> int:
-        """Bytes, all in all."""
-        return self.tensors + self.reserve
+        """Bytes, all in all: on a CPU what is resident."""
+        return self.of(self.peak_phase)
+
+    def of(self, phase: str) -> int:
+        """Bytes of a phase, all in all."""
+        tensors = self.phases[phase].total()
+        return tensors + int(PIECES[self.device] * tensors) + RESERVED[self.device]
 
 
-def room_on(device: str, gib: float | None) -> tuple[str, int, str]:
-    """cpu or cuda, the bytes that tensors may take there, and the place in words.
+def place(device: str, gib: float | None) -> tuple[str, int, str]:
+    """cpu or cuda, the bytes that a process may take there, and the place in words.
 
     Args:
         device: the recipe's.
@@ -60,42 +68,44 @@ def room_on(device: str, gib: float | None) -> tuple[str, int, str]:
         UserError: there is no such device here.
     """
     if gib is not None:
-        return "cuda", int(gib * GIB - RESERVE["cuda"]), f"a card of {gib:g} GiB"
+        return "cuda", int(gib * GIB), f"a card of {gib:g} GiB"
     here = pick_device(device)
     if here.type == "cuda":
-        total = torch.cuda.get_device_properties(here).total_memory
-        return "cuda", int(total - RESERVE["cuda"]), f"this card, which has {total / GIB:.1f} GiB"
-    total = memory.free_bytes(here) + psutil.Process().memory_info().rss
-    return "cpu", int(total - RESERVE["cpu"]), f"this machine's CPU, which has {total / GIB:.1f} GiB free"
+        room = torch.cuda.get_device_properties(here).total_memory
+        return "cuda", room, f"this machine's card of {room / GIB:.1f} GiB"
+    room = memory.free_bytes(here) + psutil.Process().memory_info().rss
+    return "cpu", room, f"this machine's CPU with {room / GIB:.1f} GiB free"
 
 
 def predict(recipe: Any, *, device: str, room: int) -> Plan:
     """
     Args:
         device: cpu or cuda.
-        room: bytes there, beside what is taken before the first tensor.
+        room: bytes that there are.
     """
     config = base_config(recipe.base)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     wanted = demand(recipe, on_cpu=device == "cpu")
 
     def rehearsal(layers: int) -> Rehearsal:
-        return Rehearsal(
+        made = Rehearsal.without_content(
             with_layers(config, layers),
             wanted,
             recipe.lora,
+            getattr(recipe, "rollout", Rollout()),
             dtype=dtype,
             quantize=recipe.base.quantization == "nf4",
-            checkpointing=recipe.train.gradient_checkpointing,
-            rollout=getattr(recipe, "rollout", Rollout()),
         )
+        if recipe.train.gradient_checkpointing:
+            made.backbone.enable_gradient_checkpointing()
+        return made
 
     layers = config.get_text_config().num_hidden_layers
     whole = layers <= SHALLOW + 1 or not is_uniform(config)
     depths = (layers,) if whole else (SHALLOW, SHALLOW + 1)
     rehearsals, more = [rehearsal(depth) for depth in depths], layers - depths[0]
     standing = _deeper(*([each.standing()] for each in rehearsals), more=more)[0]
-    unpack = standing.pop(UNPACKED) <= (room - standing.total()) // 2
+    unpack = standing.pop(UNPACKED) <= (room - RESERVED[device] - standing.total()) // 2
     parts = zip(*(each.moments(unpack=unpack) for each in rehearsals), strict=True)
     found = [_deeper(*moments, more=more) for moments in parts]
     phases: dict[str, Counter[str]] = {}

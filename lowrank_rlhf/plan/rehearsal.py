@@ -3,8 +3,8 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PretrainedConfig
 
 from lowrank_rlhf import memory
+from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.backbone.blueprint import Blueprint, unpacked_bytes
 from lowrank_rlhf.config import Lora, Rollout
 from lowrank_rlhf.logps import VOCAB_CHUNK
+from lowrank_rlhf.out_of_memory import MostRows
 from lowrank_rlhf.plan.demand import Demand, Pass
 from lowrank_rlhf.plan.ledger import Ledger
 from lowrank_rlhf.rollout import sampling_warpers, state_argument
@@ -30,40 +32,43 @@ Moments = list[Counter[str]]  # what is in memory, by label, when a part of a pa
 class Rehearsal:
     """
     Args:
-        config: of the base, with as many layers as are to be rehearsed.
-        checkpointing: activations are computed again in backward.
+        backbone: with the roles of the demand; without content, or a real one.
+        ledger: that knows all of it.
+        rollout: how tokens are drawn.
     """
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        demand: Demand,
-        lora: Lora,
-        *,
-        dtype: torch.dtype,
-        quantize: bool,
-        checkpointing: bool,
-        rollout: Rollout,
-    ):
-        self.demand, self.rollout = demand, rollout
-        self.backbone = backbone = Blueprint(config, dtype, quantize=quantize)
+    def __init__(self, backbone: Backbone, demand: Demand, ledger: Ledger, rollout: Rollout):
+        self.backbone, self.demand, self.ledger, self.rollout = backbone, demand, ledger, rollout
+        self.fake: AbstractContextManager[Any] = nullcontext()
+        self.parts: Moments = []
+        backbone.most_rows = MostRows("plan")  # with what a stage's puts aside
+        backbone.train_only(*demand.learning)
+
+    @classmethod
+    def without_content(
+        cls, config: PretrainedConfig, demand: Demand, lora: Lora, rollout: Rollout, **how: Any
+    ) -> "Rehearsal":
+        """
+        Args:
+            config: of the base, with as many layers as are to be rehearsed.
+            how: of a Blueprint.
+        """
+        backbone = Blueprint(config, **how)
         for role, head in demand.roles.items():
             backbone.add_role(role, lora, head=head)
-        backbone.train_only(*demand.learning)
-        if checkpointing:
-            backbone.enable_gradient_checkpointing()
-        self.fake, self.ledger, self.parts = FakeTensorMode(), Ledger(chosen=0), cast(Moments, [])
-        with self.fake, self.ledger:
-            with self.ledger.label(BASE):
+        made = cls(backbone, demand, Ledger(chosen=0), rollout)
+        made.fake = FakeTensorMode()
+        with made.fake, made.ledger:
+            with made.ledger.label(BASE):
                 backbone.place_base()
-            with self.ledger.label(ROLES):
+            with made.ledger.label(ROLES):
                 backbone.place_roles()
-            with self.ledger.label(OPTIMIZER):
-                self.state = [torch.empty_like(p) for p in self._learned(*demand.learning) for _ in range(2)]
+        return made
 
     def standing(self) -> Counter[str]:
         """What is there from the second step on; and what the weights unpacked would take, which is not."""
-        return self.ledger.live + Counter({UNPACKED: unpacked_bytes(self.backbone.model)})
+        state = 2 * sum(parameter.nbytes for parameter in self._learned(*self.demand.learning))
+        return self.ledger.live + Counter({OPTIMIZER: state, UNPACKED: unpacked_bytes(self.backbone.model)})
 
     def moments(self, *, unpack: bool) -> list[Moments]:
         """Of each pass of the demand.
@@ -72,11 +77,16 @@ class Rehearsal:
             unpack: the weights find room to be unpacked.
         """
         with self.fake, self.ledger, memory.suppose_free(sys.maxsize if unpack else 0):
-            return [self._rehearse(each) for each in self.demand.passes]
+            with self.ledger.label(OPTIMIZER):
+                state = [torch.empty_like(p) for p in self._learned(*self.demand.learning) for _ in range(2)]
+            found = [self._rehearse(each) for each in self.demand.passes]
+            del state
+        return found
 
     def _rehearse(self, each: Pass) -> Moments:
         self.parts = []
-        self.ledger.chosen = each.rows * each.new
+        if self.ledger.chosen is not None:
+            self.ledger.chosen = each.rows * each.new
         with ExitStack() as stack:
             if each.unpacked:
                 stack.enter_context(self.ledger.label(UNPACKED))
@@ -102,7 +112,7 @@ class Rehearsal:
         if each.adds:
             with self.ledger.label(GRADIENTS):
                 for parameter in learned:
-                    parameter.grad = torch.empty_like(parameter)
+                    parameter.grad = torch.zeros_like(parameter)
 
         def work() -> None:
             with self.backbone.use(each.role, train=True), self._parts_of_backward():
@@ -145,24 +155,23 @@ class Rehearsal:
 
     def _outputs(self, each: Pass) -> tuple[Tensor, ...]:
         """What the losses are made of."""
-        backbone, ids, mask, completion = self.backbone, *_rows(each)
-        assert each.role is not None or each.reads == "logps"
+        backbone = self.backbone
+        ids, mask, completion = _rows(each)
         if each.reads == "score":
-            return (backbone.scores(each.role, ids, mask),)  # type: ignore[arg-type]
+            return (backbone.scores(str(each.role), ids, mask),)
         if each.reads == "values":
-            return (backbone.values(each.role, ids, mask, completion),)  # type: ignore[arg-type]
-        positions = None
+            return (backbone.values(str(each.role), ids, mask, completion),)
         if each.packed:
-            ids, completion, mask = ids.view(1, -1), completion.view(1, -1), None
-            positions = torch.empty_like(ids)
-        value_role = each.role if each.reads == "both" else None
-        hidden = backbone.hidden(ids, mask, positions)
+            ids, completion = ids.view(1, -1), completion.view(1, -1)
+            hidden = backbone.hidden(ids, None, torch.arange(each.prompt + each.new).repeat(each.rows)[None])
+        else:
+            hidden = backbone.hidden(ids, mask)
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self.ledger.from_now(REST))
         with self.ledger.label(LOGITS), self._short_vocabulary():
             logps, entropy, _ = backbone.completion_logps(hidden, ids, completion)
-        values = () if value_role is None else (backbone.heads[value_role](hidden[completion]),)
-        return (logps, entropy, *values)
+        values = (backbone.heads[str(each.role)](hidden[completion]),) if each.reads == "both" else ()
+        return (logps, *((entropy,) if each.entropy else ()), *values)
 
     @contextmanager
     def _short_vocabulary(self) -> Iterator[None]:
@@ -184,21 +193,21 @@ class Rehearsal:
     def _generate(self, each: Pass) -> None:
         """The prompts are read, and the last token is drawn."""
         with self.backbone.use(each.role) as model:
-            self._token(model, torch.empty(each.rows, each.prompt, dtype=torch.long), _Cache(self.ledger, model.config))
+            self._token(model, torch.zeros(each.rows, each.prompt, dtype=torch.long), _Cache(self.ledger, model.config))
             self._end_part()
             state = _Cache(self.ledger, model.config)
             before = each.prompt + each.new - 2
             if before > 0:
-                self._token(model, torch.empty(each.rows, before, dtype=torch.long), state)
+                self._token(model, torch.zeros(each.rows, before, dtype=torch.long), state)
             self.ledger.restart()
-            self._token(model, torch.empty(each.rows, 1, dtype=torch.long), state, before + 1)
+            self._token(model, torch.zeros(each.rows, 1, dtype=torch.long), state, before + 1)
 
     def _token(self, model: Any, ids: Tensor, state: Any, read: int | None = None) -> None:
         rows, columns = ids.shape
         output = model(
             input_ids=ids,
-            attention_mask=torch.empty(rows, read or columns, dtype=torch.long),
-            position_ids=torch.empty(rows, columns, dtype=torch.long),
+            attention_mask=torch.ones(rows, read or columns, dtype=torch.long),
+            position_ids=torch.zeros(rows, columns, dtype=torch.long),
             use_cache=True,
             logits_to_keep=1,
             **{state_argument(model): state},
@@ -206,7 +215,7 @@ class Rehearsal:
         with self.ledger.label(LOGITS):
             logits = output.logits[:, -1].float()
             for warp in sampling_warpers(self.rollout):
-                logits = warp(None, logits)  # type: ignore[arg-type]
+                logits = warp(None, logits)
             pad(logits.softmax(dim=-1), (0, 1))  # as `draw` cuts it into blocks
 
 
@@ -225,6 +234,9 @@ class _Cache(DynamicCache):
 
 
 def _rows(each: Pass) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and completion mask, shape (B, T)."""
+    """Token ids, attention mask and completion mask, shape (B, T); one row has padding, as nearly all batches do."""
     shape = (each.rows, each.prompt + each.new)
-    return torch.empty(shape, dtype=torch.long), *(torch.empty(shape, dtype=torch.bool) for _ in range(2))
+    ids, mask, completion = torch.zeros(shape, dtype=torch.long), *(torch.ones(shape, dtype=torch.bool) for _ in "12")
+    mask[0, 0] = False
+    completion[:, : each.prompt] = False
+    return ids, mask, completion

@@ -1,12 +1,11 @@
 """A plan as a person reads it."""
 
-from lowrank_rlhf.plan.predict import Plan
+from lowrank_rlhf.plan.predict import GIB, Plan
 from lowrank_rlhf.plan.rehearsal import LABELS
 
-GIB = 2**30
-SET_ASIDE = {
-    "cpu": "for Python and its libraries",
-    "cuda": "set aside for the CUDA context, kernels and fragments; an estimate",
+OTHERS = {
+    "cpu": "for Python, its libraries, and freed memory that is kept in pieces",
+    "cuda": "for the CUDA context, kernels and fragments (an estimate)",
 }
 
 
@@ -19,7 +18,7 @@ def table(plan: Plan) -> str:
         if any(values):
             lines.append("".join([f"{label:<{width}}", *(f"{value / GIB:10.2f}" for value in values)]))
     totals = [f"{parts.total() / GIB:10.2f}" for parts in plan.phases.values()]
-    lines.append("".join([f"{'all':<{width}}", *totals]))
+    lines.append("".join([f"{'all tensors':<{width}}", *totals]))
     return "\n".join(lines)
 
 
@@ -27,7 +26,7 @@ def peak_line(plan: Plan) -> str:
     """
     >>> from collections import Counter
     >>> peak_line(Plan({"update": Counter(base=2**30)}, "cuda"))
-    'peak: 2.50 GiB, in update: 1.00 of tensors and 1.50 set aside for the CUDA context, kernels and fragments; an estimate'
+    'peak: 2.50 GiB, in update: 1.00 of tensors, 1.50 for the CUDA context, kernels and fragments (an estimate)'
     """
-    parts = f"{plan.tensors / GIB:.2f} of tensors and {plan.reserve / GIB:.2f} {SET_ASIDE[plan.device]}"
-    return f"peak: {plan.peak / GIB:.2f} GiB, in {plan.peak_phase}: {parts}"
+    others = f"{(plan.peak - plan.tensors) / GIB:.2f} {OTHERS[plan.device]}"
+    return f"peak: {plan.peak / GIB:.2f} GiB, in {plan.peak_phase}: {plan.tensors / GIB:.2f} of tensors, {others}"

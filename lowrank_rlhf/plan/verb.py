@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 ABOUT = (
-    "The peak of memory of a recipe by phase and component, every row as long as its limits allow; whether that fits, "
-    "and if not the cheapest changes after which it does. From the model's config alone: nothing is downloaded but, for "
-    "a base that is not in a shipped recipe, its config. How long a step takes is measured by `bench`."
+    "Does it fit? The peak of memory of a recipe by phase and component, every row as long as its limits allow, and, "
+    "where it does not fit, the cheapest changes after which it does. From the model's config alone, offline for the "
+    "bases of the shipped recipes. Estimated for cards, tested on a CPU. How long a step takes is measured by `bench`."
 )
 
 
@@ -57,15 +57,15 @@ def plan(args: argparse.Namespace) -> int:
 
 def _plan_one(name: str, recipe: Any, gib: float | None, args: argparse.Namespace) -> int:
     from lowrank_rlhf.plan.fit import PRICES, changed, check, make_fit, value_of
-    from lowrank_rlhf.plan.predict import room_on
+    from lowrank_rlhf.plan.predict import place
     from lowrank_rlhf.plan.table import peak_line, table
 
     check(recipe)
-    device, room, where = room_on(recipe.base.device, gib)
+    device, room, where = place(recipe.base.device, gib)
     planner = _remembering(device, room)
     found = planner(recipe)
     print(f"{name} of {recipe.base.model} on {where}\n\n{table(found)}\n\n{peak_line(found)}")
-    if found.tensors <= room:
+    if found.peak <= room:
         print(f"fits {where}")
         return 0
     print(f"does not fit {where}")

@@ -17,6 +17,7 @@ from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.evaluation.arguments import add_combine_arguments, add_evaluate_arguments
 from lowrank_rlhf.loader import as_yaml, load_recipe
+from lowrank_rlhf.plan.verb import ABOUT, add_plan_arguments, plan
 from lowrank_rlhf.quiet import quiet
 from lowrank_rlhf.remote.verb import add_remote_arguments, remote
 
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_remote_arguments(verbs.add_parser("remote", help=summary, description=summary))
     summary = "seconds, memory and tokens per second of every stage here, beside PPO with four separate models"
     add_bench_arguments(verbs.add_parser("bench", help=summary, description=summary))
+    summary = "does it fit? the peak of memory of a recipe by phase and component, and what would make it fit"
+    add_plan_arguments(verbs.add_parser("plan", help=summary, description=ABOUT))
     args = parse(parser, argv)
     actions = {
         "pipeline": lambda: _pipeline(args),
@@ -75,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": lambda: _compare(args),
         "remote": lambda: remote(args),
         "bench": lambda: bench(args),
+        "plan": lambda: plan(args),
     }
     return run_safely(actions.get(args.verb, lambda: _stage(args)))
 
@@ -264,6 +268,7 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         return 0
     quiet()
     from lowrank_rlhf import processes
+    from lowrank_rlhf.plan.beside import compare_memory
     from lowrank_rlhf.runs import RECIPE, Interrupted, Run
 
     run = Run(recipe, overwrite=args.overwrite, resume=args.resume)
@@ -274,6 +279,7 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         try:
             with run.stop_on_signal():
                 train(recipe, run)
+            compare_memory(recipe, run)
         except Interrupted as stop:
             again = f"{processes.command()} {recipe.stage} --config {run.dir / RECIPE} --resume"
             print(f"{stop}; go on with:\n  {again}")

@@ -126,6 +126,22 @@ def load_recipe(
     >>> load_recipe(SFTRecipe, overrides=["data.train=d.jsonl", "train.learning_rate=1e-5"]).train.learning_rate
     1e-05
     """
+    small = (*TINY, *TINY_STAGE.get(cls, ())) if tiny else ()
+    values = recipe_values(path, (*small, *overrides))
+    problems: list[str] = []
+    recipe = _build(cls, values, "", problems)
+    if problems:
+        where = f"{path}: " if path is not None else ""
+        raise UserError("\n".join(where + problem for problem in problems))
+    return recipe
+
+
+def recipe_values(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a recipe file says, with overrides, unchecked.
+
+    Raises:
+        UserError: it cannot be read, or is no mapping.
+    """
     values: Any = {}
     if path is not None:
         try:
@@ -137,15 +153,9 @@ def load_recipe(
             values = {}
         if not isinstance(values, dict):
             raise UserError(f"{path}: a recipe is a mapping of keys to values, this is a {_name(values)}")
-    small = (*TINY, *TINY_STAGE.get(cls, ())) if tiny else ()
-    for override in (*small, *overrides):
+    for override in overrides:
         _apply_override(values, override)
-    problems: list[str] = []
-    recipe = _build(cls, values, "", problems)
-    if problems:
-        where = f"{path}: " if path is not None else ""
-        raise UserError("\n".join(where + problem for problem in problems))
-    return recipe
+    return dict(values)
 
 
 class _Dumper(yaml.SafeDumper):

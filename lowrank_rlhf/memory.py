@@ -4,6 +4,8 @@ import ctypes
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
+_supposed: int | None = None
 _highest_vram = 0  # bytes; what torch counted before its count was last set back
 
 
@@ -61,10 +64,23 @@ def keep_freed() -> None:
 
 def free_bytes(device: torch.device) -> int:
     """What can still be allocated there without swapping."""
+    if _supposed is not None:
+        return _supposed
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(psutil.virtual_memory().available)
+
+
+@contextmanager
+def suppose_free(count: int) -> Iterator[None]:
+    """Inside the block `free_bytes` says this, wherever: to plan for another machine."""
+    global _supposed
+    before, _supposed = _supposed, count
+    try:
+        yield
+    finally:
+        _supposed = before
 
 
 def forget_vram_peak() -> None:

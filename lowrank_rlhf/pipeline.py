@@ -24,6 +24,7 @@ from lowrank_rlhf.evaluation.policy import PolicyEvaluation, compare_policies, r
 from lowrank_rlhf.loader import as_dict
 from lowrank_rlhf.pipeline_recipes import COMPARISON, REWARD, SFT, Pipeline
 from lowrank_rlhf.pipeline_report import write_pipeline_report
+from lowrank_rlhf.plan.beside import compare_memory
 from lowrank_rlhf.runs import Interrupted, Run, write_atomic
 
 INPUTS = "inputs.json"
@@ -62,6 +63,7 @@ def run_stage(name: str, recipe: Any, folder: Path) -> None:
         importlib.import_module(f"lowrank_rlhf.stages.{recipe.stage}").train(recipe, run)
     if run.stopping:  # asked after the last step that a checkpoint is written for
         raise Interrupted(run.dir, int(run.metrics()[-1]["step"]))
+    compare_memory(recipe, run)
 
 
 def evaluation(pipeline: Pipeline) -> PolicyEvaluation:

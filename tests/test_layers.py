@@ -15,7 +15,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LAYERS = [
     {"launch"},
     {"cli"},
-    {"doctor", "bench", "arena", "remote", "export", "pipeline", "config_pipeline", "pipeline_report"},
+    {"doctor", "bench", "arena", "remote", "export", "pipeline", "config_pipeline", "pipeline_report", "plan"},
     {"stages"},
     {"evaluation"},
     {"sampling", "score_file"},

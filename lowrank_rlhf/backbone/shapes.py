@@ -43,6 +43,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {**LLAMA, **_sizes(4096, 14336, 32, 32), "tie_word_embeddings": False},
 }
 
+# Which of them a model has: the embedded one and those of the recipes
+MODELS = {
+    "smollm2-135m-instruct": "smollm2-135m",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "smollm2-135m",
+    "Qwen/Qwen2.5-0.5B-Instruct": "qwen2.5-0.5b",
+    "Qwen/Qwen2.5-1.5B-Instruct": "qwen2.5-1.5b",
+    "Qwen/Qwen2.5-3B-Instruct": "qwen2.5-3b",
+    "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
+    "HuggingFaceTB/SmolLM3-3B-Base": "smollm3-3b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+}
+
 
 def shape_config(name: str) -> PretrainedConfig:
     """The transformers config of one of `SHAPES`.

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from lowrank_rlhf.backbone import shapes, tiny
-from lowrank_rlhf.backbone.base import resolve_source
+from lowrank_rlhf.backbone.attention import use_short_attention
+from lowrank_rlhf.backbone.base import BaseInfo, resolve_source
 from lowrank_rlhf.backbone.roles import Backbone
+from lowrank_rlhf.backbone.switch import Switch
 from lowrank_rlhf.config import Base, Lora
 from lowrank_rlhf.errors import UserError
 from lowrank_rlhf.out_of_memory import MostRows
@@ -41,6 +43,10 @@ class Blueprint(Backbone):
         self.model.eval()
         self.heads, self.most_rows = nn.ModuleDict(), MostRows()
         self.reference_role, self.peft = None, None
+        self.info = _info(on_cpu=dtype == torch.float32, quantized=quantize)
+        if self.info.fast_products:
+            use_short_attention(self.model)
+        self._switch = Switch(self.model, None)
         self._active, self._trainable = None, frozenset()
 
     def add_role(self, role: str, lora: Lora, *, head: bool = False) -> None:
@@ -121,6 +127,12 @@ def unpacked_bytes(model: nn.Module) -> int:
     """What the 4-bit weights take in 16 bit."""
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     return sum(2 * layer.in_features * layer.out_features for layer in layers)
+
+
+def _info(*, on_cpu: bool, quantized: bool) -> BaseInfo:
+    """Of what forwards ask of it; the rest is nobody's."""
+    device, quantization = "cpu" if on_cpu else "cuda", "nf4" if quantized else "none"
+    return BaseInfo("", None, quantization, "", device, "", "", pad_token_id=0, eos_token_id=0)
 
 
 def _with_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:

@@ -58,7 +58,7 @@ class Demand:
 def demand(recipe: Any, *, on_cpu: bool) -> Demand:
     """
     Args:
-        on_cpu: there a rollout's weights stay unpacked until its rewards are there.
+        on_cpu: there the weights of PPO and GRPO stay unpacked.
     """
     if isinstance(recipe, PPORecipe | GRPORecipe):
         return _on_policy(recipe, on_cpu)
@@ -118,7 +118,8 @@ def _on_policy(recipe: Any, on_cpu: bool) -> Demand:
     adds = completions // settings.minibatches > rows or bool(is_ppo and recipe.ptx.data)
     shared = is_ppo and recipe.value_model.trunk == "policy"
     reads: Reads = "both" if shared else "logps"
-    found.passes.append(Pass("update", "learn", POLICY, rows, **tokens, reads=reads, adds=adds, entropy=True))
+    learn = Pass("update", "learn", POLICY, rows, **tokens, reads=reads, adds=adds, entropy=True, unpacked=on_cpu)
+    found.passes.append(learn)
     if is_ppo:
         found.roles[POLICY if shared else "value"] = True
         found.learning += [] if shared else ["value"]

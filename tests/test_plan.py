@@ -199,7 +199,7 @@ def test_what_each_stage_asks(tmp_path):
     wanted = demand(ppo(reward_from=f"[{{run: {tmp_path}/reward}}]", policy_from="runs/sft"), on_cpu=True)
     assert wanted.roles == {"policy": False, "start": False, "reward": True, "reward_2": True, "value": True}
     assert wanted.learning == ["policy", "value"]
-    assert [p.unpacked for p in wanted.passes] == [True, True, True, False]
+    assert all(p.unpacked for p in wanted.passes)
     assert kinds(ppo(rollout__batch_size=64))[0] == ("generate", "generate", "policy", 16)
     shared = demand(ppo(value_model__trunk="policy"), on_cpu=False)
     assert (shared.roles, shared.learning) == ({"policy": True}, ["policy"])

@@ -1,6 +1,10 @@
 """What several test modules start from: the random two-layer base on CPU, and servers and an sshd on this machine."""
 
 import gc
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: two workers of one thread each, not of all cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import bitsandbytes as bnb
 import pytest

@@ -156,7 +156,7 @@ def test_an_ensemble_saves_members_that_differ_and_says_how_far(planted, tmp_pat
     monkeypatch.chdir(request.config.rootpath)
     final = train(tmp_path / "run", f"data.train={planted}", "reward_model.members=3")
     assert final["eval_disagreement"] > 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    *_, last, _ = capsys.readouterr().out.splitlines()  # and then the memory
     sizes = re.fullmatch(r"reward: 3 members, (.+) MB of adapter and head each, (.+) MB in all; saved in (.+)", last)
     assert sizes is not None
     assert float(sizes[2]) == pytest.approx(3 * float(sizes[1]), abs=0.02)  # each rounded

@@ -38,7 +38,8 @@ class Blueprint(Backbone):
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if quantize:
-                _with_linear4bit(self.model, dtype)
+                for layer in shapes.replace_linears(self.model, dtype):
+                    layer.support_avx512bf16_for_cpu = False
         self.model.requires_grad_(False)
         self.model.eval()
         self.heads, self.most_rows = nn.ModuleDict(), MostRows()
@@ -133,24 +134,6 @@ def _info(*, on_cpu: bool, quantized: bool) -> BaseInfo:
     """Of what forwards ask of it; the rest is nobody's."""
     device, quantization = "cpu" if on_cpu else "cuda", "nf4" if quantized else "none"
     return BaseInfo("", None, quantization, "", device, "", "", pad_token_id=0, eos_token_id=0)
-
-
-def _with_linear4bit(model: nn.Module, dtype: torch.dtype) -> None:
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    compute = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and child is not head:
-                layer = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=child.bias is not None,
-                    compute_dtype=compute,
-                    quant_type="nf4",
-                )
-                layer.support_avx512bf16_for_cpu = False
-                setattr(parent, name, layer)
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
 
 
 def _like(parameter: nn.Parameter) -> nn.Parameter:

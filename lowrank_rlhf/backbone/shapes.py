@@ -80,7 +80,8 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device, quantize: 
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator(device).manual_seed(0)
     if quantize:
-        _replace_linears(model, dtype, device, generator)
+        for layer in replace_linears(model, dtype):
+            layer.weight = _random_nf4(layer.out_features, layer.in_features, dtype, device, generator)
     for parent in list(model.modules()):
         for key, parameter in list(parent._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -95,23 +96,26 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device, quantize: 
     return model
 
 
-def _replace_linears(model: PreTrainedModel, dtype: torch.dtype, device: torch.device, generator: Any) -> None:
-    head = model.get_output_embeddings()
+def replace_linears(model: PreTrainedModel, dtype: torch.dtype) -> list[Any]:
+    """Put a 4-bit layer without weights, on `meta`, in the place of every linear one but lm_head; the new layers.
+
+    Args:
+        dtype: of everything that is not 4-bit.
+    """
+    head, made = model.get_output_embeddings(), []
     compute = torch.float16 if dtype == torch.float16 else torch.bfloat16
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and child is not head:
+                sizes = child.in_features, child.out_features
                 layer = bnb.nn.Linear4bit(
-                    child.in_features,
-                    child.out_features,
-                    bias=child.bias is not None,
-                    compute_dtype=compute,
-                    device="meta",
+                    *sizes, bias=child.bias is not None, compute_dtype=compute, quant_type="nf4", device="meta"
                 )
-                layer.weight = _random_nf4(child.out_features, child.in_features, dtype, device, generator)
                 layer.bias = child.bias  # on meta still
                 setattr(parent, name, layer)
+                made.append(layer)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    return made
 
 
 def _random_nf4(rows: int, columns: int, dtype: torch.dtype, device: torch.device, generator: Any) -> Any:

@@ -35,12 +35,12 @@ def measure_bounds(device: str = "auto") -> Bounds:
 
 
 def layer_weights(model: nn.Module) -> int:
-    """How many weights the linear layers have, lm_head aside, which reads completions only."""
+    """How many weights the base's linear layers have, adapters and lm_head aside, which reads completions only."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     sizes = [
         (layer.in_features, layer.out_features)
-        for layer in model.modules()
-        if isinstance(layer, nn.Linear) and layer is not head
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head and ".lora_" not in name
     ]
     return sum(rows * columns for rows, columns in sizes)
 

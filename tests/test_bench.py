@@ -26,15 +26,15 @@ def row(generate, update, peak, **more):
 
 
 def test_the_table_is_of_median_steps():
-    rows = {"ppo": row([1.0, 2.0, 9.0], [3.0, 2.0, 1.0], 1500.4, weights_mib=162.2)}
+    rows = {"ppo": row([1.0, 2.0, 9.0], [3.0, 2.0, 1.0], 1500.4, predicted_mib=1430.1, weights_mib=162.2)}
     rows["naive"] = row([4.0, 4.0, 4.0], [8.0, 8.0, 8.0], 4000.0) | {"base_copies": 4}
     assert median_step(rows["ppo"]) == 4.0
     rows["ppo"] |= {"gflop": {"update": 500.0}, "gb": {"generate": 10.0}}
     assert table(rows, {"gflops": 1000.0, "gb_per_second": 20.0}).splitlines() == [
-        "| row | s/step | generate | reward | score | update | peak MiB | weights MiB | bases |",
-        "|---|---|---|---|---|---|---|---|---|",
-        "| ppo | 4.00 | 384 (25%) | – | – | 704 (25%) | 1500 | 162 | 1 |",
-        "| naive | 12.00 | 192 | – | – | 176 | 4000 | – | 4 |",
+        "| row | s/step | generate | reward | score | update | peak MiB | predicted | weights MiB | bases |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        "| ppo | 4.00 | 384 (25%) | – | – | 704 (25%) | 1500 | 1430 | 162 | 1 |",
+        "| naive | 12.00 | 192 | – | – | 176 | 4000 | – | – | 4 |",
     ]
     assert comparison(rows) == ["ppo beside naive: 3.00 times as fast, 0.38 of its peak"]
 
@@ -54,6 +54,7 @@ def test_every_row(tmp_path):
         assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in found["seconds"].values()), name
         assert found["peak_rss_mib"] > 100
         assert min(found["tokens"].values()) > 0
+        assert name.startswith("naive") or abs(found["predicted_mib"] / found["peak_rss_mib"] - 1) < 0.15, name
     ours, naive = rows["ppo"], rows["naive-nf4"]
     assert (ours["base_copies"], naive["base_copies"]) == (1, 4)
     assert naive["weights_mib"] > 2 * ours["weights_mib"]

@@ -335,8 +335,7 @@ def test_a_run_that_cannot_be_planned_says_why(capsys, tmp_path):
 
 
 def test_rows_are_no_longer_than_the_data():
-    info = {"data_report": {"tokens": {"prompt": {"max": 40}, "completion": {"max": 9999}}}}
-    data = as_long_as_its_rows(SFTRecipe(data=Data("d")), info).data
+    data = as_long_as_its_rows(SFTRecipe(data=Data("d")), {"prompt": 40, "completion": 9999}).data
     assert (data.max_prompt_tokens, data.max_completion_tokens) == (40, 256)
 
 

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-HEADER = ("row", "s/step", "generate", "reward", "score", "update", "peak MiB", "weights MiB", "bases")
+HEADER = ("row", "s/step", "generate", "reward", "score", "update", "peak MiB", "predicted", "weights MiB", "bases")
 
 
 def median_step(row: dict[str, Any]) -> float:
@@ -32,9 +32,9 @@ def table(rows: dict[str, dict[str, Any]], bounds: dict[str, float]) -> str:
     lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
     for name, row in rows.items():
         peak = row["peak_vram_mib"] or row["peak_rss_mib"]
-        weights = f"{row['weights_mib']:.0f}" if "weights_mib" in row else "–"
+        others = (f"{row[key]:.0f}" if key in row else "–" for key in ("predicted_mib", "weights_mib"))
         cells = [name, f"{median_step(row):.2f}", *(speed(row, phase, bounds) for phase in HEADER[2:6])]
-        lines.append(f"| {' | '.join([*cells, f'{peak:.0f}', weights, str(row['base_copies'])])} |")
+        lines.append(f"| {' | '.join([*cells, f'{peak:.0f}', *others, str(row['base_copies'])])} |")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from lowrank_rlhf.bench.naive import NaivePPO
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.config_pipeline import RECIPES
 from lowrank_rlhf.loader import load_recipe
+from lowrank_rlhf.plan.beside import as_long_as_its_rows, predicted_gib
 from lowrank_rlhf.quiet import quiet
 from lowrank_rlhf.runs import Run
 
@@ -43,6 +44,7 @@ def on_policy(stage: str, recipe: Any, steps: int) -> dict[str, Any]:
     with loop.unpacked():
         figures = repeated(step, steps)
     new = loop.completions * recipe.data.max_completion_tokens
+    prompts = [loop.renderer.prompt(e.prompt, e.where)[0] for e in loop.order.prompts]
     weights, own_value = layer_weights(loop.backbone.model), stage == "ppo"
     gflop = weights * tokens / GIGA
     return figures | {
@@ -55,7 +57,8 @@ def on_policy(stage: str, recipe: Any, steps: int) -> dict[str, Any]:
         "gb": {"generate": 2 * weights * recipe.data.max_completion_tokens / GIGA},  # in 16 bit
         "weights_mib": megabytes([loop.backbone.model, loop.backbone.heads]),
         "base_copies": 1,
-        "prompt_ids": [loop.renderer.prompt(e.prompt, e.where)[0] for e in loop.order.prompts],
+        "longest": {"prompt": max(map(len, prompts))},
+        "prompt_ids": prompts,
     }
 
 
@@ -82,7 +85,13 @@ def trained(stage: str, recipe: Any, steps: int) -> dict[str, Any]:
     importlib.import_module(f"lowrank_rlhf.stages.{stage}").train(recipe, run)
     rows = [row for row in run.metrics() if "tokens_per_second" in row][1:]
     tokens = statistics.median(row["tokens_per_second"] * row["seconds"] for row in rows)
-    return {"seconds": {"update": [row["seconds"] for row in rows]}, "tokens": {"update": tokens}, "base_copies": 1}
+    longest = {part: figures["max"] for part, figures in run.info["data_report"]["tokens"].items()}
+    return {
+        "seconds": {"update": [row["seconds"] for row in rows]},
+        "tokens": {"update": tokens},
+        "base_copies": 1,
+        "longest": longest,
+    }
 
 
 def repeated(step: Callable[[], dict[str, float]], steps: int) -> dict[str, Any]:
@@ -111,8 +120,12 @@ def main() -> int:
     memory.begin()
     measure: Any = naive if row.startswith("naive") else on_policy if row in ("ppo", "grpo") else trained
     figures = measure(row, recipe, int(steps))
-    vram = memory.highest_vram() / MIB if torch.cuda.is_available() else None
-    print(json.dumps(figures | {"peak_rss_mib": memory.highest_ram() / MIB, "peak_vram_mib": vram}))
+    figures["peak_rss_mib"] = memory.highest_ram() / MIB
+    figures["peak_vram_mib"] = memory.highest_vram() / MIB if torch.cuda.is_available() else None
+    if longest := figures.pop("longest", None):
+        planned = as_long_as_its_rows(recipe, longest)
+        figures["predicted_mib"] = 1024 * predicted_gib(planned, planned.base.device)
+    print(json.dumps(figures))
     return 0
 
 

@@ -19,7 +19,8 @@ def compare_memory(recipe: Any, run: Run) -> None:
     if not processes.is_main():
         return
     try:
-        predicted = _predicted(as_long_as_its_rows(recipe, run.info), run.info["base"]["device"])
+        longest = {part: figures["max"] for part, figures in run.info["data_report"]["tokens"].items()}
+        predicted = predicted_gib(as_long_as_its_rows(recipe, longest), run.info["base"]["device"])
     except (UserError, RuntimeError, NotImplementedError, AttributeError, TypeError, KeyError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         print(f"memory: not predicted for this base: {reason}", flush=True)
@@ -40,16 +41,19 @@ def comparison(measured: float, predicted: float) -> str:
     return f"{measured:.2f} GiB measured at the peak, {predicted:.2f} predicted for its longest rows ({off:+d} %)"
 
 
-def as_long_as_its_rows(recipe: Any, info: dict[str, Any]) -> Any:
-    """The recipe with limits no wider than the longest texts of its data; the answers of a rollout are not known."""
-    longest = {part: figures["max"] for part, figures in info["data_report"]["tokens"].items()}
+def as_long_as_its_rows(recipe: Any, longest: dict[str, int]) -> Any:
+    """The recipe with limits no wider than the longest texts of its data; the answers of a rollout are not known.
+
+    Args:
+        longest: tokens of the longest prompt, and of the longest completion where the data has them.
+    """
     limits = {part: getattr(recipe.data, f"max_{part}_tokens") for part in longest}
     fewer = {f"max_{part}_tokens": min(limits[part], most) for part, most in longest.items() if most}
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, **fewer))
 
 
-def _predicted(recipe: Any, device: str) -> float:
-    """GiB."""
+def predicted_gib(recipe: Any, device: str) -> float:
+    """The predicted peak: on a CPU what will be resident, on CUDA what torch will allocate."""
     from lowrank_rlhf.plan.predict import place, predict
 
     kind, room, _ = place(device, None)

@@ -68,7 +68,7 @@ def _plan_one(name: str, recipe: Any, gib: float | None, args: argparse.Namespac
     if device == "cpu" and recipe.train.gradient_checkpointing:
         print("on a CPU with checkpointing more stays resident than this says: 0.6 GiB in the one run measured")
     if found.peak <= room:
-        print(f"fits {where}")
+        print(f"fits {where}" + ("; nothing to change, so nothing is written" if args.fit is not None else ""))
         return 0
     print(f"does not fit {where}")
     changes = make_fit(recipe, planner, room)

@@ -51,6 +51,19 @@ def test_forward_and_gradients_are_those_of_the_equation(backbone):
     assert [relative(g, e) <= TOLERANCE for g, e in zip(found, expected, strict=True)] == [True] * 3
 
 
+def test_one_token_is_the_equation_with_the_adapter_in_fp32(backbone):
+    """Only the base's part is rounded, and nothing but it: against that part in 16 bit the sum is exact."""
+    layer = lora_layer(backbone)
+    a, b, scaling = layer.lora_A["policy"].weight, layer.lora_B["policy"].weight, layer.scaling["policy"]
+    x = torch.randn(5, 1, layer.in_features)
+    with torch.no_grad(), backbone.use("policy"):
+        ours, several = layer(x), layer(x.transpose(0, 1)).transpose(0, 1)
+        expected = layer.base_layer(x.bfloat16()).float() + scaling * (x @ a.T) @ b.T
+    assert ours.dtype == torch.float32
+    assert relative(ours, expected) <= 1e-6
+    assert 1e-6 < relative(several, expected) <= TOLERANCE
+
+
 def test_a_small_adapter_is_not_rounded_away(backbone):
     """Against a base whose results are rounded to 2⁻⁹ of them, an adapter of 1e-5 of the base still shows."""
     layer = lora_layer(backbone)
@@ -176,7 +189,7 @@ def test_cast_factors_change_no_bit_and_are_gone_afterwards(backbone):
     ids = torch.randint(0, 258, (2, 6))
     expected = states_of(backbone, ids, backbone.use("policy"))
     with linear.factors_cast(backbone.model, "policy"):
-        assert lora_layer(backbone).cast_factors[0].dtype == torch.bfloat16
+        assert lora_layer(backbone).cast_factors[0].dtype == backbone.model.dtype
         assert torch.equal(states_of(backbone, ids, backbone.use("policy")), expected)
     assert all(m.cast_factors is None for m in backbone.model.modules() if isinstance(m, linear.LoraLinear4bit))
 

@@ -3,7 +3,8 @@
     y = x Wᵀ + s (x Aᵀ) Bᵀ        (Hu et al. 2021, arXiv:2106.09685, eq. 3; W is NF4, dequantised when it is used)
 
 All products are in the base's 16-bit type, as PEFT's are under bf16 autocast; without, PEFT multiplies the adapter's
-part in fp32. Both parts are added in the type of x, so that a small adapter is not rounded away beside the base.
+part in fp32, as is done here for a token at a time. Both parts are added in the type of x, so that a small adapter is
+not rounded away beside the base.
 Backward keeps x in 16 bits, and x Aᵀ. `LEAN` off is PEFT's own path, which it is tested against.
 """
 
@@ -18,6 +19,7 @@ import torch
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 from lowrank_rlhf import memory
 
@@ -48,6 +50,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, adapter_names: list[str] | None 
         y = _mixed(x, base, adapter_names, {role: _factors(layer, role) for role in roles})
     elif torch.is_grad_enabled():
         y = _LoraLinear.apply(x, base, *_factors(layer, roles[0]))
+    elif x.shape[-2] == 1:
+        y = _one_token(x, base, *_factors(layer, roles[0]))
     else:
         y = _sum(x, base, *_factors(layer, roles[0]))[0]
     return _with_bias(y, layer)
@@ -80,13 +84,13 @@ def _factors(layer: Any, role: str) -> Factors:
 
 
 @contextmanager
-def factors_cast(model: nn.Module, role: str | None) -> Iterator[None]:
-    """Inside the block, in which no weight changes and no other role is on, this role's A and B are cast only once."""
+def factors_cast(model: PreTrainedModel, role: str | None) -> Iterator[None]:
+    """Inside the block, where no weight changes and no other role is on, its A and B are in the model's type."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLinear4bit)]
     for layer in layers if role is not None else ():
         if role in layer.lora_A:
-            dtype = layer.base_layer.compute_dtype
-            layer.cast_factors = tuple(each[role].weight.detach().to(dtype) for each in (layer.lora_A, layer.lora_B))
+            parts = (layer.lora_A[role].weight, layer.lora_B[role].weight)
+            layer.cast_factors = tuple(part.detach().to(model.dtype) for part in parts)
     try:
         yield
     finally:
@@ -129,14 +133,23 @@ def _sum(x: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> tuple[Te
     return y, cast, inner
 
 
+def _one_token(x: Tensor, base: Any, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The same sum where x is (rows, 1, size), without a gradient. The adapter's part is in the type of x: products as
+    small as these are faster in fp32 on a CPU, and nothing is cast."""
+    y = base_product(base, _cast(x, base.compute_dtype)).to(x.dtype)
+    y.view(-1, y.shape[-1]).addmm_(x.flatten(0, -2) @ a.to(x.dtype).T, b.to(x.dtype).T, alpha=scaling)
+    return y
+
+
 @torch.no_grad()
 def _mixed(x: Tensor, base: Any, names: list[str], adapters: dict[str, Factors]) -> Tensor:
     """The same sum, row i with the i-th name's adapter, or with none where that is not among them; no gradient."""
     cast = _cast(x, base.compute_dtype)
     y = base_product(base, cast).to(x.dtype)
+    read = x if x.shape[-2] == 1 else cast  # as without a mix
     for role, (a, b, scaling) in adapters.items():
         rows = [i for i, name in enumerate(names) if name == role]
-        change = (cast[rows].flatten(0, -2) @ a.to(cast.dtype).T) @ b.to(cast.dtype).T
+        change = (read[rows].flatten(0, -2) @ a.to(read.dtype).T) @ b.to(read.dtype).T
         y[rows] = y[rows].add_(change.view(len(rows), *y.shape[1:]), alpha=scaling)
     return y
 

@@ -204,6 +204,8 @@ def test_what_each_stage_asks(tmp_path):
     shared = demand(ppo(value_model__trunk="policy"), on_cpu=False)
     assert (shared.roles, shared.learning) == ({"policy": True}, ["policy"])
     assert shared.passes[-1].reads == "both"
+    assert not shared.passes[-1].entropy
+    assert demand(ppo(ppo__entropy_coef=0.1), on_cpu=False).passes[-1].entropy
     limited = ppo(train__micro_batch_tokens=1024)
     assert [rows for *_, rows in kinds(limited)] == [16, 2, 2]
     assert kinds(RewardRecipe(data=Data("d")))[0] == ("update", "learn", "reward", 8)

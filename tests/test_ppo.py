@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from lowrank_rlhf import logps_cpu
 from lowrank_rlhf.backbone import Backbone
 from lowrank_rlhf.config import PPORecipe
 from lowrank_rlhf.errors import UserError
@@ -183,6 +184,17 @@ def test_the_entropy_bonus_raises_entropy():
         return metrics["objective/entropy"] / metrics["objective/length"]
 
     assert entropy(1.0) > entropy(0.0) + 0.05
+
+
+def test_entropy_has_no_gradient_without_a_bonus(monkeypatch):
+    """It would cost all logits once more."""
+    asked = []
+    whole = logps_cpu._entropy_gradient
+    monkeypatch.setattr(logps_cpu, "_entropy_gradient", lambda *args: asked.append(1) or whole(*args))
+    for coef in (0, 0.1):
+        ppo = PPO(recipe(f"ppo.entropy_coef={coef}", "base.device=cpu"))
+        ppo.update(ppo.collect()[0])
+        assert bool(asked) == bool(coef)
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])

@@ -40,7 +40,9 @@ class PolicyLoss:
             clip_range=self.settings.clip_range,
             clip_range_high=self.clip_range_high,
         )
-        loss = surrogate - self.settings.entropy_coef * entropy
+        loss = surrogate
+        if self.settings.entropy_coef:  # without, backward would compute all logits once more, for a gradient of 0
+            loss = loss - self.settings.entropy_coef * entropy
         if not self.kl.in_reward:
             loss = loss + kl_coef * kl_per_token(logps, e.reference_token_logps, self.kl.estimator)
         log_ratio = (logps.detach() - e.token_logps)[e.mask]

@@ -106,6 +106,7 @@ def sampling_mismatch(rollout: Rollout) -> str | None:
     )
 
 
+@torch.inference_mode()  # of 3,000 small operations a token, each is cheaper than under `no_grad`
 def _complete(
     model: PreTrainedModel,
     ids: Tensor,

@@ -185,6 +185,35 @@ def test_the_copy_that_layers_share_is_of_this_tensor():
     assert torch.equal(linear._cast(y, torch.bfloat16), y.bfloat16())
 
 
+@torch.inference_mode()
+def test_a_tensor_without_a_version_is_copied_for_each_layer():
+    x = torch.randn(3, 4)
+    linear._cast(x, torch.bfloat16)
+    x.add_(1)
+    assert torch.equal(linear._cast(x, torch.bfloat16), x.bfloat16())
+
+
+@pytest.mark.parametrize("way", ["policy", None])
+def test_blocked_weights_compute_the_same_and_unpacked_ones_are_back_afterwards(backbone, way):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU does not multiply in bf16")
+    ids = torch.randint(0, 258, (2, 6))
+    layers = [m for m in backbone.model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    with linear.blocked(backbone.model):
+        assert not any(getattr(layer, "blocked", None) is not None for layer in layers)  # nothing is unpacked
+    with backbone.unpacked():
+        expected = states_of(backbone, ids, backbone.use(way))
+        weights = [layer.unpacked for layer in layers]
+        with contextlib.suppress(KeyError), linear.blocked(backbone.model):
+            assert all(layer.blocked is not None and layer.unpacked is None for layer in layers)
+            assert relative(states_of(backbone, ids, backbone.use(way)), expected) <= TOLERANCE
+            raise KeyError
+        assert all(layer.blocked is None for layer in layers)
+        assert all(torch.equal(layer.unpacked, weight) for layer, weight in zip(layers, weights, strict=True))
+        assert torch.equal(states_of(backbone, ids, backbone.use(way)), expected)
+    assert all(layer.unpacked is None for layer in layers)
+
+
 def test_cast_factors_change_no_bit_and_are_gone_afterwards(backbone):
     ids = torch.randint(0, 258, (2, 6))
     expected = states_of(backbone, ids, backbone.use("policy"))

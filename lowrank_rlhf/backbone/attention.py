@@ -41,7 +41,7 @@ def attend(
     """transformers' interface: (B, heads, T, d), of keys and values maybe fewer, additive mask → (B, T, heads, d)."""
     rows, heads, length, width = query.shape
     weights = rows * heads * length * key.shape[2]
-    if attention_mask is None or dropout or length == 1 or weights > MAX_WEIGHTS:
+    if attention_mask is None or dropout or weights > MAX_WEIGHTS:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = width**-0.5 if scaling is None else scaling
     return _Attention.apply(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None

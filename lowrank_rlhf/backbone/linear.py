@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from lowrank_rlhf import memory
 
 LEAN = True
+BLOCKED_FOR = 16  # rows of a product
 Factors = tuple[Tensor, Tensor, float]  # A, B and s
 
 
@@ -162,6 +163,8 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     global _last
     if x.dtype == dtype:
         return x
+    if x.is_inference():  # has no version by which a change in place would be noticed
+        return x.to(dtype)
     last = _last  # another thread may write it
     if last is not None and last[0]() is x and last[1] == x._version and last[2].dtype == dtype:
         return last[2]
@@ -172,6 +175,9 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def base_product(base: Any, x: Tensor) -> Tensor:
     """x Wᵀ in the type of x, by bitsandbytes unless the weight is at hand."""
+    blocked = getattr(base, "blocked", None)
+    if blocked is not None:
+        return torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")
     weight = getattr(base, "unpacked", None)
     if weight is not None:
         return linear(x, weight)
@@ -214,3 +220,27 @@ def unpacked(model: nn.Module) -> Iterator[bool]:
     finally:
         for layer in layers:
             layer.unpacked = None
+
+
+@contextmanager
+def blocked(model: nn.Module) -> Iterator[None]:
+    """Inside the block unpacked weights lie in oneDNN's blocks instead, where there is oneDNN: for no gradient.
+
+    For 16 rows of one token it takes a sixth less to generate. The sums may be rounded otherwise, in bf16.
+    """
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit) and _can_block(m)]
+    for layer in layers:
+        layer.blocked = torch.ops.mkldnn._reorder_linear_weight(layer.unpacked, BLOCKED_FOR)
+        layer.unpacked = None
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.blocked, layer.unpacked = None, dequantize(layer, layer.compute_dtype)
+
+
+def _can_block(layer: Any) -> bool:
+    weight = getattr(layer, "unpacked", None)
+    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -11,8 +11,9 @@ from lowrank_rlhf.config import PPOTrain, Train
 def optimizer_and_schedule(
     parameters: list[nn.Parameter], train: Train | PPOTrain, steps: int, learning_rate: float | None = None
 ) -> tuple[torch.optim.Optimizer, LRScheduler]:
-    """AdamW (PyTorch) and a transformers schedule over `steps` optimizer steps."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate or train.learning_rate, weight_decay=train.weight_decay)
+    """AdamW (PyTorch's, fused as transformers' Trainer has it) and a transformers schedule over `steps` steps."""
+    rate = learning_rate or train.learning_rate
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=train.weight_decay, fused=True)
     warmup = round(train.warmup_ratio * steps)
     name = "constant_with_warmup" if train.lr_schedule == "constant" else train.lr_schedule
     return optimizer, get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)

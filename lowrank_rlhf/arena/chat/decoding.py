@@ -81,7 +81,7 @@ class Batch:
         self.modes = ExitStack()
         self._enter()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> bool:
         """One token more for every row, and those that are done leave; or some more of long prompts is read.
 

@@ -32,7 +32,7 @@ def relative(ours, exact):
     return float((ours - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize(("tokens", "read"), [(7, 0), (3, 4), (1, 6)])
+@pytest.mark.parametrize(("tokens", "read"), [(7, 0), (3, 4)])
 def test_outputs_and_gradients_are_torchs(tokens, read):
     query, key, value, mask = inputs(tokens=tokens, read=read)
     upstream = torch.randn(2, tokens, 6, 8)
@@ -57,9 +57,9 @@ def test_what_padding_holds_reaches_nobody():
     assert torch.equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("case", ["long", "no mask"])
+@pytest.mark.parametrize("case", ["long", "one token", "no mask"])
 def test_the_rest_is_torchs(monkeypatch, case):
-    query, key, value, mask = inputs()
+    query, key, value, mask = inputs(tokens=1 if case == "one token" else 7, read=6 if case == "one token" else 0)
     if case == "long":
         monkeypatch.setattr(attention, "MAX_WEIGHTS", 2 * 6 * 7 * 7 - 1)
     mask = None if case == "no mask" else mask

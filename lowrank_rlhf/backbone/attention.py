@@ -3,7 +3,8 @@
     softmax(q kᵀ / √d + mask) v        (Vaswani et al. 2017, arXiv:1706.03762, eq. 1)
 
 Forward multiplies by `fast_products`, backward in bf16 as the 4-bit layers beside it do. The weights are kept, so
-beyond `MAX_WEIGHTS` of them torch's kernel does it, in linear memory.
+beyond `MAX_WEIGHTS` of them torch's kernel does it, in linear memory; so it does for one token, since oneDNN keeps code
+for every length that it has met, here 135 MiB in a rollout of 128 tokens.
 """
 
 from typing import Any
@@ -41,7 +42,7 @@ def attend(
     """transformers' interface: (B, heads, T, d), of keys and values maybe fewer, additive mask → (B, T, heads, d)."""
     rows, heads, length, width = query.shape
     weights = rows * heads * length * key.shape[2]
-    if attention_mask is None or dropout or weights > MAX_WEIGHTS:
+    if attention_mask is None or dropout or length == 1 or weights > MAX_WEIGHTS:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     scale = width**-0.5 if scaling is None else scaling
     return _Attention.apply(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None

@@ -144,9 +144,9 @@ class Run:
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after `step`: by the recipe, or because a process was asked to stop."""
-        self.stopping = any(processes.gather(self.stopping))
+        asked = any(processes.gather(self.stopping))  # not kept: a signal may come while the others answer
         every = self.recipe.save.steps
-        return self.stopping or bool(every and step % every == 0)
+        return asked or bool(every and step % every == 0)
 
     @contextmanager
     def write_checkpoint(self, step: int) -> Iterator[Path]:

@@ -1,6 +1,8 @@
 """What a run shows while it trains and leaves besides weights: progress, early stopping, trackers, plots, samples."""
 
 import json
+import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -9,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from lowrank_rlhf import processes
 from lowrank_rlhf.cli import main
-from lowrank_rlhf.config import Eval
+from lowrank_rlhf.config import Data, Eval, SFTRecipe
 from lowrank_rlhf.errors import UserError
+from lowrank_rlhf.runs import Run
 from lowrank_rlhf.stages.early_stopping import Best
 
 ROOT = Path(__file__).parent.parent
@@ -76,6 +80,23 @@ def test_a_stage_stops_early_and_saves_its_best(stage, tmp_path, capsys):
     held_out = [sign * row[key] for row in rows if key in row and row["step"] > 0]
     final = json.loads((tmp_path / "run/run.json").read_text())["final"]
     assert sign * final[key] == min(held_out)
+
+
+# Being stopped
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(tmp_path, monkeypatch):
+    run = Run(SFTRecipe(run_dir=str(tmp_path / "run"), data=Data("data.jsonl")))
+
+    def gather(stopping):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [stopping]
+
+    with run.stop_on_signal():
+        with monkeypatch.context() as patch:
+            patch.setattr(processes, "gather", gather)
+            assert not run.is_due(1)
+        assert run.is_due(2)
 
 
 # What a run leaves

@@ -1,7 +1,7 @@
 """What a recipe asks of memory: the roles on its base, and the passes that its stage makes of full-length rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,8 +118,8 @@ def _on_policy(recipe: Any, on_cpu: bool) -> Demand:
     adds = completions // settings.minibatches > rows or bool(is_ppo and recipe.ptx.data)
     shared = is_ppo and recipe.value_model.trunk == "policy"
     reads: Reads = "both" if shared else "logps"
-    learn = Pass("update", "learn", POLICY, rows, **tokens, reads=reads, adds=adds, unpacked=on_cpu)
-    found.passes.append(replace(learn, entropy=settings.entropy_coef > 0))
+    learns = {"reads": reads, "adds": adds, "entropy": settings.entropy_coef > 0, "unpacked": on_cpu}
+    found.passes.append(Pass("update", "learn", POLICY, rows, **tokens, **learns))
     if is_ppo:
         found.roles[POLICY if shared else "value"] = True
         found.learning += [] if shared else ["value"]

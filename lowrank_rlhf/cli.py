@@ -207,6 +207,7 @@ def _pipeline(args: argparse.Namespace) -> int:
         run_pipeline(pipeline)
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from there")
+        return stop.status
     return 0
 
 
@@ -283,6 +284,7 @@ def _train(cls: type[Any], args: argparse.Namespace, train: Callable[..., None])
         except Interrupted as stop:
             again = f"{processes.command()} {recipe.stage} --config {run.dir / RECIPE} --resume"
             print(f"{stop}; go on with:\n  {again}")
+            return stop.status
     return 0
 
 

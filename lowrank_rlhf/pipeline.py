@@ -62,7 +62,7 @@ def run_stage(name: str, recipe: Any, folder: Path) -> None:
     with run.stop_on_signal():
         importlib.import_module(f"lowrank_rlhf.stages.{recipe.stage}").train(recipe, run)
     if run.stopping:  # asked after the last step that a checkpoint is written for
-        raise Interrupted(run.dir, int(run.metrics()[-1]["step"]))
+        raise Interrupted(run.dir, int(run.metrics()[-1]["step"]), run.signum)
     compare_memory(recipe, run)
 
 

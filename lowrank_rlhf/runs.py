@@ -44,11 +44,14 @@ LOGS = {METRICS: "metrics_bytes", SAMPLES: "samples_bytes", WARNINGS: "warnings_
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, has written a checkpoint and can go on later."""
+    """The run was asked to stop, has written a checkpoint and can go on later.
 
-    def __init__(self, run_dir: Path, step: int):
+    A shell is told `status`, 128 + the signal; 0 of several processes, whose launcher takes others for a crash.
+    """
+
+    def __init__(self, run_dir: Path, step: int, signum: int = 0):
         super().__init__(f"stopped after step {step}, which is saved in {run_dir}")
-        self.run_dir, self.step = run_dir, step
+        self.status = 128 + signum if signum and processes.count() == 1 else 0
 
 
 class Run:
@@ -62,7 +65,7 @@ class Run:
 
     Attributes:
         checkpoint: what to go on from, or None.
-        stopping: set to make the run write a checkpoint after its current step and stop.
+        stopping: set to make the run write a checkpoint after its current step and stop; `signum` asked for it, or 0.
 
     Raises:
         UserError: the folder holds something and neither flag is on, holds something that is not a run, or holds a
@@ -75,7 +78,7 @@ class Run:
         self.dir = Path(recipe.run_dir) if recipe.run_dir else unused_run_dir(stage)
         self.checkpoints = Checkpoints(self.dir / "checkpoints", recipe.save.keep)
         self.checkpoint: Path | None = None
-        self.stopping = False
+        self.stopping, self.signum = False, 0
         self.opened = time.perf_counter()
         processes.join(stage, recipe.base.device)  # before anything touches a GPU, which is to be this process's own
         memory.begin()
@@ -162,7 +165,7 @@ class Run:
                 if (self.dir / log).exists():
                     (folder / length).write_text(str((self.dir / log).stat().st_size))
         if any(processes.gather(self.stopping)):  # asked since, perhaps only one of them yet
-            raise Interrupted(self.dir, step)
+            raise Interrupted(self.dir, step, self.signum)
 
     @contextmanager
     def stop_on_signal(self) -> Iterator[None]:
@@ -170,7 +173,7 @@ class Run:
 
         def stop(signum: int, frame: Any) -> None:
             print(f"{signal.Signals(signum).name}: stopping after this step …", flush=True)
-            self.stopping = True
+            self.stopping, self.signum = True, signum
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -140,7 +140,7 @@ def test_killed_at_ten_random_moments_it_reports_the_same(whole, tmp_path):
 
 def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
     folder, log = tmp_path / "runs", tmp_path / "log"
-    assert attempt(log, "sigterm", 1, *words(folder, "sft.train.max_steps=6")) == 0
+    assert attempt(log, "sigterm", 1, *words(folder, "sft.train.max_steps=6")) == 128 + signal.SIGTERM
     assert "the same command goes on from there" in log.read_text()
     assert not (folder / "reward").exists()
     assert attempt(log, "never", 1, *words(folder, "sft.train.max_steps=6")) == 0, log.read_text()

@@ -33,6 +33,13 @@ def main(argv):
 """
 
 
+def test_a_training_that_another_than_us_has_stopped_is_stopped_too(machine, here):
+    machine.pretend("def main(argv):\n    print('lives', flush=True)\n    os._exit(128 + signal.SIGTERM)\n")
+    job = machine.begun(here)
+    machine.wait_for(job, "stopped")
+    assert f"go on with: lowrank-rlhf remote resume loop {job}" in machine.run("logs", "-f", cwd=here).stdout
+
+
 @pytest.mark.parametrize("ends", ["by itself", "killed"])
 def test_nothing_that_a_training_has_started_outlives_it(machine, here, ends):
     machine.pretend(LEAVES)

@@ -94,6 +94,7 @@ def check(tmp_path, stage, disturbances, steps, *more):
 
 
 KILLED = -signal.SIGKILL
+STOPPED = 128 + signal.SIGTERM
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path):
@@ -175,12 +176,12 @@ def test_many_kills_stops_and_a_full_disk(stage, tmp_path):
         ("log", 4, KILLED),
         ("write", 1, KILLED),
         ("write", 3, KILLED),
-        ("sigterm", 5, 0),
+        ("sigterm", 5, STOPPED),
         ("rename", 1, KILLED),
         ("log", 6, KILLED),
         ("disk", 5, 2),
         ("write", 6, KILLED),
-        ("sigterm", 3, 0),
+        ("sigterm", 3, STOPPED),
         ("log", 3, KILLED),
     ]
     check(tmp_path, stage, disturbances, steps=STEPS)
@@ -218,7 +219,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         log, whole = tmp_path / "log", tmp_path / "whole"
         assert attempt(log, "never", 1, *arguments("ppo", whole, 8)) == 0
         broken = small / "run"
-        assert attempt(log, "sigterm", 4, *arguments("ppo", broken, 8)) == 0
+        assert attempt(log, "sigterm", 4, *arguments("ppo", broken, 8)) == STOPPED
         last = Checkpoints(broken / "checkpoints", 2).latest()
         before = {path.name: path.read_bytes() for path in last.iterdir()}
         with (small / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):

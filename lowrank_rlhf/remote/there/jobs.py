@@ -72,9 +72,9 @@ class Job:
             return "lost" if (self.dir / "log").exists() else "reserved"
         if code == 0:
             return "stopped" if stop and not self.finished else "finished"
-        if stop:
-            return "killed" if code == -signal.SIGKILL else "stopped"
-        return "failed"
+        if stop and code == -signal.SIGKILL:
+            return "killed"
+        return "stopped" if stop or code == 128 + signal.SIGTERM else "failed"
 
     @property
     def finished(self) -> bool:

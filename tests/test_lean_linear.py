@@ -214,13 +214,17 @@ def test_blocked_weights_compute_the_same_and_unpacked_ones_are_back_afterwards(
     assert all(layer.unpacked is None for layer in layers)
 
 
-def test_cast_factors_change_no_bit_and_are_gone_afterwards(backbone):
-    ids = torch.randint(0, 258, (2, 6))
+@pytest.mark.parametrize("length", [6, 1])
+def test_a_settled_role_changes_no_bit_and_is_gone_afterwards(backbone, length):
+    ids = torch.randint(0, 258, (2, length))
     expected = states_of(backbone, ids, backbone.use("policy"))
-    with linear.factors_cast(backbone.model, "policy"):
-        assert lora_layer(backbone).cast_factors[0].dtype == backbone.model.dtype
+    bare = states_of(backbone, ids, backbone.use(None))
+    assert not torch.equal(expected, bare)
+    with backbone.use("policy") as model, linear.settled(model, "policy"):
+        assert lora_layer(backbone).settled[1].dtype == model.dtype
         assert torch.equal(states_of(backbone, ids, backbone.use("policy")), expected)
-    assert all(m.cast_factors is None for m in backbone.model.modules() if isinstance(m, linear.LoraLinear4bit))
+    assert torch.equal(states_of(backbone, ids, backbone.use(None)), bare)
+    assert all(m.settled is None for m in backbone.model.modules() if isinstance(m, linear.LoraLinear4bit))
 
 
 def test_the_bare_base_reads_unpacked_weights_too(backbone, monkeypatch):

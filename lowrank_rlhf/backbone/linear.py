@@ -34,19 +34,20 @@ def use_lean_layers(model: nn.Module) -> None:
     for layer in layers:
         if not hasattr(layer, "peft_forward"):
             layer.peft_forward = layer.forward
-            layer.cast_factors = None
+            layer.settled = None
             layer.forward = MethodType(_forward, layer)
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-    roles = _roles(layer, adapter_names)
+    if LEAN and layer.settled is not None and x.shape[-2] == 1 and adapter_names is None and not args and not kwargs:
+        return _with_bias(_one_token(x, *layer.settled), layer.settled[0])
+    base, roles = layer.base_layer, _roles(layer, adapter_names)
     if LEAN and layer.disable_adapters and not torch.is_grad_enabled() and not args and not kwargs:
-        return _with_bias(base_product(layer.base_layer, _cast(x, layer.base_layer.compute_dtype)).to(x.dtype), layer)
+        return _with_bias(base_product(base, _cast(x, base.compute_dtype)).to(x.dtype), base)
     if not LEAN or args or kwargs or not roles:
         if adapter_names is not None:
             kwargs["adapter_names"] = adapter_names
         return layer.peft_forward(x, *args, **kwargs)
-    base = layer.base_layer
     if adapter_names is not None:
         y = _mixed(x, base, adapter_names, {role: _factors(layer, role) for role in roles})
     elif torch.is_grad_enabled():
@@ -55,11 +56,11 @@ def _forward(layer: Any, x: Tensor, *args: Any, adapter_names: list[str] | None 
         y = _one_token(x, base, *_factors(layer, roles[0]))
     else:
         y = _sum(x, base, *_factors(layer, roles[0]))[0]
-    return _with_bias(y, layer)
+    return _with_bias(y, base)
 
 
-def _with_bias(y: Tensor, layer: Any) -> Tensor:
-    bias = layer.base_layer.bias
+def _with_bias(y: Tensor, base: Any) -> Tensor:
+    bias = base.bias
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -79,24 +80,25 @@ def _roles(layer: Any, adapter_names: list[str] | None) -> list[str]:
 
 
 def _factors(layer: Any, role: str) -> Factors:
-    cast = layer.cast_factors
-    a, b = cast if cast is not None else (layer.lora_A[role].weight, layer.lora_B[role].weight)
-    return a, b, layer.scaling[role]
+    if layer.settled is not None:
+        return layer.settled[1:]
+    return layer.lora_A[role].weight, layer.lora_B[role].weight, layer.scaling[role]
 
 
 @contextmanager
-def factors_cast(model: PreTrainedModel, role: str | None) -> Iterator[None]:
-    """Inside the block, where no weight changes and no other role is on, its A and B are in the model's type."""
+def settled(model: PreTrainedModel, role: str | None) -> Iterator[None]:
+    """Inside the block no weight changes and this role, which is on, stays on: no layer asks again which one it is, 8 %
+    of a token's time on a CPU, and A and B are in the model's type."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLinear4bit)]
-    for layer in layers if role is not None else ():
-        if role in layer.lora_A:
-            parts = (layer.lora_A[role].weight, layer.lora_B[role].weight)
-            layer.cast_factors = tuple(part.detach().to(model.dtype) for part in parts)
+    for layer in layers:
+        if role is not None and _roles(layer, None) == [role]:
+            a, b, scaling = _factors(layer, role)
+            layer.settled = (layer.base_layer, a.detach().to(model.dtype), b.detach().to(model.dtype), scaling)
     try:
         yield
     finally:
         for layer in layers:
-            layer.cast_factors = None
+            layer.settled = None
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -177,7 +179,7 @@ def base_product(base: Any, x: Tensor) -> Tensor:
     """x Wᵀ in the type of x, by bitsandbytes unless the weight is at hand."""
     blocked = getattr(base, "blocked", None)
     if blocked is not None:
-        return torch.ops.mkldnn._linear_pointwise(x, blocked, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, blocked, None, "none", [], "")
     weight = getattr(base, "unpacked", None)
     if weight is not None:
         return linear(x, weight)

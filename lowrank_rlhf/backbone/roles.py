@@ -17,7 +17,7 @@ from lowrank_rlhf.backbone.attention import use_short_attention
 from lowrank_rlhf.backbone.base import check_logit_path, load_base
 from lowrank_rlhf.backbone.guard import copy_config, forbid_merging, refuse_unsafe, refuse_wrapped_lm_head
 from lowrank_rlhf.backbone.heads import Pooling, ScalarHead
-from lowrank_rlhf.backbone.linear import blocked, factors_cast, use_lean_layers
+from lowrank_rlhf.backbone.linear import blocked, settled, use_lean_layers
 from lowrank_rlhf.backbone.lm_head import multiply_fast
 from lowrank_rlhf.backbone.passes import Passes
 from lowrank_rlhf.backbone.rows import BASE_ROW, rows_named
@@ -208,7 +208,7 @@ class Backbone(Passes):
     @contextmanager
     def generating(self, role: str | None) -> Iterator[PreTrainedModel]:
         """`use(role)` for many short forwards: its weights stand ready in 16 bit where that fits; none may change."""
-        with self.unpacked(), self.use(role) as model, blocked(model), factors_cast(model, role):
+        with self.unpacked(), self.use(role) as model, blocked(model), settled(model, role):
             yield model
 
     def reference(self) -> AbstractContextManager[PreTrainedModel]:

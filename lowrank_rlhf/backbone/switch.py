@@ -31,9 +31,9 @@ class Switch:
                 layer._active_adapter = [role]
 
     def train(self, train: bool) -> None:
-        """`model.train(train)`."""
+        """`model.train(train)`. Past nn.Module's `__setattr__`, which takes 6 ms for 3,700 modules, 44 times a step."""
         for module in self.modules:
-            module.training = train
+            vars(module)["training"] = train
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """The LoRA weights of a role, A before B, layer by layer."""

@@ -1,6 +1,7 @@
 """The most memory that this process held since a run began: resident, and allocated by torch on the GPU."""
 
 import ctypes
+import gc
 import platform
 import resource
 import sys
@@ -13,6 +14,7 @@ import torch
 
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+GLIBC = platform.libc_ver()[0] == "glibc"
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 _supposed: int | None = None
@@ -20,8 +22,12 @@ _highest_vram = 0  # bytes; what torch counted before its count was last set bac
 
 
 def begin() -> None:
-    """Count anew, as a run does that is not the first of its process; resident memory only where the system can."""
+    """Count anew, as a run does that is not the first of its process; resident memory only where the system can. What
+    the last one left is freed and given back to the system first."""
     global _highest_vram
+    gc.collect()
+    if GLIBC:
+        ctypes.CDLL(None).malloc_trim(0)
     forget_vram_peak()
     _highest_vram = 0
     if CLEAR.exists():
@@ -56,7 +62,7 @@ def keep_freed() -> None:
     Given back, each page costs a fault when it is wanted again: a fifth of the time of a training step in a small
     virtual machine.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if GLIBC:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most it takes: larger tensors have mappings of their own
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -3,6 +3,7 @@
 import itertools
 import mmap
 
+import psutil
 import pytest
 import torch
 
@@ -129,3 +130,16 @@ def test_a_run_counts_from_its_own_beginning(monkeypatch):
     after = peak_memory_gib()
     assert after["vram"] == 2.0
     assert after["ram"] < before["ram"] - 0.9
+
+
+@pytest.mark.skipif(not memory.GLIBC, reason="other allocators are not asked to keep what is freed")
+def test_what_the_last_run_left_is_given_back_at_the_start_of_the_next():
+    memory.keep_freed()
+    left = [torch.ones(2**18) for _ in range(300)]
+    left[0].keep = left  # a ring, as models are
+    top = torch.ones(2**10)  # what is below it is not given back by itself
+    del left
+    before = psutil.Process().memory_info().rss
+    memory.begin()
+    assert psutil.Process().memory_info().rss <= before - 200 * 2**20
+    assert top.sum() == 2**10
